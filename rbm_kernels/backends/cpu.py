@@ -1,0 +1,5 @@
+"""The C++ kernels."""
+
+
+def unavailable_reason() -> str | None:
+    return "not built"

@@ -1,0 +1,144 @@
+"""k sweeps of block Gibbs sampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rbm_kernels import seeds
+from rbm_kernels.arithmetic import limbs_of
+from rbm_kernels.backends import select
+from rbm_kernels.ops import _checks, _library
+
+
+def gibbs_sample(
+    v: Tensor,
+    W: Tensor,
+    b: Tensor,
+    c: Tensor,
+    k: int = 1,
+    *,
+    log_var: Tensor | None = None,
+    beta: float | Tensor = 1.0,
+    clamp: Tensor | tuple[Tensor, Tensor] | None = None,
+    out_dtype: torch.dtype | None = None,
+    seed: seeds.Seed | None = None,
+    generator: torch.Generator | None = None,
+    chain_offset: int = 0,
+    backend: str | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """Run k sweeps (hidden given visible, visible given hidden) from v in one call.
+
+    Args:
+        v: [B, V] initial visible states: bool, uint8 or floating point.
+        W: [V, H] weights.
+        b: [V] visible biases.
+        c: [H] hidden biases.
+        k: sweeps, at least 1.
+        log_var: [V] log-variances; given exactly when the visible units are Gaussian.
+        beta: inverse temperature of the chains, one number or [B]: each chain samples
+            exp(-beta E(v, h)).
+        clamp: units to hold still, for conditional sampling and in-painting: a bool mask [V] or
+            [B, V] (True units keep their value in v), or (mask, values) with values of the same
+            shapes, set before the first sweep.
+        out_dtype: dtype of the returned states; W's by default.
+        seed: int, (seed, offset), or int64[2] tensor whose offset is advanced by 2k.
+        generator: source of the seed where none is given.
+        chain_offset: global index of row 0.
+        backend: "auto" (default), "reference", "cpu", "triton" or "cuda".
+        precision: "highest", "high" or "medium".
+
+    Returns:
+        v_k [B, V].
+
+    Raises:
+        TypeError: an argument of the wrong kind or dtype.
+        ValueError: a wrong shape or device, k < 1, or values that are not finite.
+        RuntimeError: an explicitly named backend cannot run.
+
+    Example:
+        >>> import torch
+        >>> W, b, c = torch.zeros(3, 2), torch.tensor([50.0, -50.0, 50.0]), torch.zeros(2)
+        >>> gibbs_sample(torch.zeros(1, 3), W, b, c, k=5, seed=0)
+        tensor([[1., 0., 1.]])
+    """
+    op = "gibbs_sample"
+    _checks.weight(op, W)
+    n_visible, n_hidden = W.shape
+    _checks.states(op, "v", v, n_visible, "V", W)
+    _checks.vector(op, "b", b, n_visible, "V", W)
+    _checks.vector(op, "c", c, n_hidden, "H", W)
+    if log_var is not None:
+        _checks.vector(op, "log_var", log_var, n_visible, "V", W)
+    _checks.sweeps(op, k)
+    dtype = _checks.state_dtype(op, out_dtype, W)
+    value, betas = _checks.temperature(op, beta, v.shape[0], W)
+    mask, values = _clamp(op, clamp, v)
+    limbs = limbs_of(precision)
+    key = seeds.resolve(op, seed, generator, W.device)
+    if _library.plain_eager():
+        state: Tensor = select(op, backend, W.device, W.dtype).gibbs_sample(
+            v, W, b, c, k, log_var, value if betas is None else betas, mask, values, key,
+            chain_offset, dtype, limbs,
+        )  # fmt: skip
+    else:
+        state = torch.ops.rbm_kernels.gibbs_sample(
+            v, W, b, c, k, log_var, value, betas, mask, values, key, chain_offset, dtype, limbs,
+            backend,
+        )  # fmt: skip
+    seeds.advance(seed, 2 * k)
+    return state
+
+
+def _clamp(
+    op: str, clamp: Tensor | tuple[Tensor, Tensor] | None, v: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    if clamp is None:
+        return None, None
+    mask, values = (clamp, None) if isinstance(clamp, Tensor) else clamp
+    shapes = (v.shape[1:], v.shape)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{op}: clamp's mask must be a bool tensor, got {got}")
+    for name, tensor in (("mask", mask), ("values", values)):
+        if tensor is not None and tensor.shape not in shapes:
+            raise ValueError(
+                f"{op}: clamp's {name} must be [V] or [B, V] = {list(v.shape)}, "
+                f"got {list(tensor.shape)}"
+            )
+        if tensor is not None and tensor.device != v.device:
+            raise ValueError(
+                f"{op}: clamp's {name} must be on v's device {v.device}, got {tensor.device}"
+            )
+    return mask, values
+
+
+def _run(
+    v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, log_var: Tensor | None, beta: float,
+    betas: Tensor | None, mask: Tensor | None, values: Tensor | None, seed: Tensor,
+    chain_offset: int, out_dtype: torch.dtype, limbs: int, backend: str | None,
+) -> Tensor:  # fmt: skip
+    result: Tensor = select("gibbs_sample", backend, W.device, W.dtype).gibbs_sample(
+        v, W, b, c, k, log_var, beta if betas is None else betas, mask, values, seed,
+        chain_offset, out_dtype, limbs,
+    )  # fmt: skip
+    return result
+
+
+def _fake(
+    v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, log_var: Tensor | None, beta: float,
+    betas: Tensor | None, mask: Tensor | None, values: Tensor | None, seed: Tensor,
+    chain_offset: int, out_dtype: torch.dtype, limbs: int, backend: str | None,
+) -> Tensor:  # fmt: skip
+    return W.new_empty(v.shape, dtype=out_dtype)
+
+
+_library.register(
+    "gibbs_sample",
+    "(Tensor v, Tensor W, Tensor b, Tensor c, int k, Tensor? log_var, float beta, Tensor? betas, "
+    "Tensor? mask, Tensor? values, Tensor seed, int chain_offset, ScalarType out_dtype, int limbs, "
+    "str? backend) -> Tensor",
+    _run,
+    _fake,
+)

@@ -1,0 +1,59 @@
+"""Where random numbers come from: a seed and an offset in one int64[2] tensor."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Seed: TypeAlias = int | tuple[int, int] | Tensor
+
+_LIMIT = 2**63
+
+
+def resolve(
+    name: str, seed: Seed | None, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """The int64[2] tensor (seed, offset) of one call.
+
+    Args:
+        name: the calling function, for error messages.
+        seed: an int (offset 0), a pair (seed, offset), or an int64[2] tensor on `device`, which the
+            caller then advances; None draws both from `generator`.
+        generator: None means torch's default generator, so that ``torch.manual_seed`` governs.
+        device: where the tensor must live.
+
+    Raises:
+        TypeError: if `seed` is of another kind.
+        ValueError: if both are given, or `seed` has another shape, dtype or device.
+    """
+    if seed is None:
+        where = device if generator is None else generator.device
+        drawn = torch.randint(0, 2**48, (2,), generator=generator, device=where)
+        return drawn if where == device else drawn.to(device)
+    if generator is not None:
+        raise ValueError(f"{name}: give seed or generator, not both")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.shape != (2,) or seed.device != device:
+            raise ValueError(
+                f"{name}: a seed tensor must be int64 [2] on {device}, "
+                f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
+            )
+        return seed
+    pair = (seed, 0) if isinstance(seed, int) else seed
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(i, int) for i in pair)):
+        raise TypeError(
+            f"{name}: seed must be an int, a pair of ints (seed, offset) or an int64[2] tensor, "
+            f"got {type(seed).__name__}"
+        )
+    for value in pair:
+        if not -_LIMIT <= value < _LIMIT:
+            raise ValueError(f"{name}: seed and offset must fit in 64 bits, got {value}")
+    return torch.tensor(pair, dtype=torch.int64, device=device)
+
+
+def advance(seed: Seed | None, half_sweeps: int) -> None:
+    """Move the offset of a caller's seed tensor past the half-sweeps just drawn."""
+    if isinstance(seed, Tensor):
+        seed[1].add_(half_sweeps)
