@@ -1,0 +1,52 @@
+# make demo    a fresh clone to a trained RBM, its pictures and a table of speeds
+# make test    what CI runs
+# make bench   the benchmark table
+
+# constraints.txt pins torch to 2.13.0, for which there is a wheel for Python 3.11 and others.
+PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+BIN := .venv/bin
+# The package is installed, not imported from this folder, so that what is tested is what users get.
+# Everything that builds the package is a prerequisite: a change in any of it installs again.
+SOURCES := setup.py pyproject.toml MANIFEST.in constraints.txt \
+	$(shell find csrc rbm_kernels blip_integration -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+
+.PHONY: demo test lint bench clean
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/train.stamp: .venv/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[train]"
+	touch $@
+
+.venv/test.stamp: .venv/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[train,test]"
+	touch $@ .venv/train.stamp
+
+.venv/bench.stamp: .venv/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[train,bench]"
+	touch $@ .venv/train.stamp
+
+demo: .venv/train.stamp
+	$(BIN)/rbm-kernels info
+	$(BIN)/rbm-kernels train mnist5k --out demo
+	$(BIN)/rbm-kernels bench
+	@echo "Pictures:" && ls -1 demo/*.png
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# The pytest command, unlike `python -m pytest`, does not put this folder on the path, and tests/ is
+# no package: `import rbm_kernels` finds the installed one.
+test: lint
+	$(BIN)/rbm-kernels info
+	$(BIN)/pytest -q --durations=10
+
+bench: .venv/bench.stamp
+	$(BIN)/pytest benchmarks -q --benchmark-only --benchmark-columns=min,median,iqr,rounds
+
+clean:
+	rm -rf build dist *.egg-info rbm_kernels/*.so rbm_kernels/_build_info.json
