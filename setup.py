@@ -24,6 +24,7 @@ import sysconfig
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -68,7 +69,7 @@ class Plan:
 
     steps: list[Step]
     link: list[str]
-    info: dict[str, object] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
 
 
 def setting(name: str) -> str:
@@ -181,7 +182,7 @@ def plan_cpu(objects: Path, output: Path) -> Plan:
         steps.append(compile_cxx(cxx, flags, source, objects / f"{source.stem}.o"))
     link = [*cxx, *shared_library_flags(), *shlex.split(os.environ.get("LDFLAGS", ""))]
     link += ["-o", str(output), *(step.output for step in steps), *openmp]
-    info = {
+    info: dict[str, Any] = {
         "compiler": first_line(run([*cxx, "--version"]).stdout),
         "instruction_sets": [name for name, _ in built],
         "instruction_sets_left_out": left_out,
@@ -329,20 +330,21 @@ def execute(plan: Plan, output: Path, objects: Path) -> None:
         raise Unavailable("compilation failed (the compiler's words are above; pip install -v)")
 
 
+PLANS = {"_cpu": plan_cpu, "_cuda": plan_cuda}
+
+
 class BuildNative(build_ext):
     """Builds what can be built here, and records it in rbm_kernels/_build_info.json."""
 
-    plans = {"_cpu": plan_cpu, "_cuda": plan_cuda}
-
     def run(self) -> None:
-        self.record: dict[str, object] = {}  # what becomes _build_info.json
+        self.record: dict[str, Any] = {}  # what becomes _build_info.json
         super().run()
         self.record["python"] = platform.python_version()
         self.record["platform"] = f"{platform.system()} {platform.machine()}"
         # In the source folder for in-place and editable builds, beside the modules otherwise.
         package = Path(self.get_ext_fullpath("rbm_kernels._cpu")).parent
         package.mkdir(parents=True, exist_ok=True)
-        for name in self.plans:
+        for name in PLANS:
             # A module of an earlier build must not stand in for one that could not be built now.
             if not self.record[name.lstrip("_")]["built"]:
                 Path(self.get_ext_fullpath(f"rbm_kernels.{name}")).unlink(missing_ok=True)
@@ -359,7 +361,7 @@ class BuildNative(build_ext):
                 raise Unavailable(f"{variable}=0 was set at build time")
             objects = Path(self.build_temp, name.lstrip("_")).resolve()
             objects.mkdir(parents=True, exist_ok=True)
-            plan = self.plans[name](objects, output)
+            plan = PLANS[name](objects, output)
             execute(plan, output, objects)
             report = {"built": True, "reason": None, **plan.info}
             details = ", ".join(f"{key}={value}" for key, value in plan.info.items())

@@ -14,10 +14,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,12 +97,12 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def built(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
+def built(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The wheel of the sdist with the CPU module, without CUDA."""
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler")
     environment = {**NO_CUDA, "RBM_KERNELS_CPU": "1"}
-    yield _wheel(sdist, tmp_path_factory.mktemp("wheel") / "dist", environment)
+    return _wheel(sdist, tmp_path_factory.mktemp("wheel") / "dist", environment)
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +114,7 @@ def _sources(pattern: str, folder: str) -> set[str]:
     return {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern)}
 
 
-def _record(wheel: Path) -> dict[str, dict[str, object]]:
+def _record(wheel: Path) -> dict[str, dict[str, Any]]:
     with zipfile.ZipFile(wheel) as archive:
         return json.loads(archive.read("rbm_kernels/_build_info.json"))
 

@@ -33,7 +33,7 @@ def unavailable_reason() -> str | None:
         return f"no CUDA device: {error}"
     import torch
 
-    if not torch.backends.cuda.is_built() or torch.version.cuda is None:
+    if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     return None
 
