@@ -10,7 +10,10 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml MANIFEST.in constraints.txt \
 	$(shell find csrc rbm_kernels blip_integration -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test lint bench clean
+# Without the simd_*.h: tables of one-line functions that a formatter makes unreadable.
+NATIVE_SOURCES := find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -not -name 'simd_*'
+
+.PHONY: demo test lint format bench clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -37,7 +40,12 @@ lint: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(NATIVE_SOURCES) | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: .venv/test.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(NATIVE_SOURCES) | xargs $(BIN)/clang-format -i
 
 # The pytest command, unlike `python -m pytest`, does not put this folder on the path, and tests/ is
 # no package: `import rbm_kernels` finds the installed one.

@@ -32,8 +32,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 X86 = ("x86_64", "AMD64", "amd64")
 
-# The instruction sets that csrc/cpu/isa.cpp is compiled for: name, machines, flags. A name is also
-# the value of RBM_ISA in that compilation, RBM_HAVE_<NAME> is defined for the others, and
+# The instruction sets that csrc/cpu/isa.cpp is compiled for: name, machines, flags. That compilation
+# has RBM_ISA_<NAME> defined; all sources have RBM_HAVE_<NAME> of those that are built, among which
 # csrc/cpu/dispatch.cpp chooses at run time. AMX would be one more line here.
 ISAS: list[tuple[str, tuple[str, ...], list[str]]] = [
     ("avx512", X86, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]),
@@ -167,14 +167,14 @@ def plan_cpu(objects: Path, output: Path) -> Plan:
             built.append((name, flags))
         else:
             left_out[name] = f"the compiler refuses {' '.join(flags)}"
-    have = [f"-DRBM_HAVE_{name.upper()}" for name, _ in built if name != "plain"]
+    have = [f"-DRBM_HAVE_{name.upper()}" for name, _ in built]
 
     steps = []
     for source in sources:
         flags = [*includes, *openmp, *have]
         if source.name == "isa.cpp":
             for name, isa_flags in built:
-                flags_of_isa = [*flags, *isa_flags, f"-DRBM_ISA={name}"]
+                flags_of_isa = [*flags, *isa_flags, f"-DRBM_ISA_{name.upper()}"]
                 steps.append(compile_cxx(cxx, flags_of_isa, source, objects / f"isa_{name}.o"))
             continue
         if source.name == "module.cpp":

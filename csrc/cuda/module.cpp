@@ -11,10 +11,7 @@ namespace py = pybind11;
 
 namespace {
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 int sample_bernoulli(uintptr_t x, uintptr_t bias, float beta, uintptr_t seed, uint32_t chain_offset,
                      uint32_t stream_id, uint64_t half_sweep, int64_t batch, int64_t units,

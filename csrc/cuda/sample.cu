@@ -15,8 +15,8 @@ constexpr int kHeight = 4;  // chains per block
 constexpr int kQuad = 4;    // units per thread: the words of one Philox call
 
 // kVector: units is a multiple of 4 and all rows start at multiples of 16 bytes.
-template <bool kVector, bool kProbabilities>
-__global__ void __launch_bounds__(kWidth* kHeight) sample_kernel(SampleArguments a) {
+template <bool kVector, bool kProbabilities> __global__ void __launch_bounds__(kWidth* kHeight)
+    sample_kernel(SampleArguments a) {
   const int64_t quads = (a.units + kQuad - 1) / kQuad;
   const int64_t quad = static_cast<int64_t>(blockIdx.x) * kWidth + threadIdx.x;
   if (quad >= quads) return;
