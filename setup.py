@@ -32,8 +32,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 X86 = ("x86_64", "AMD64", "amd64")
 
-# The instruction sets that csrc/cpu/isa.cpp is compiled for: name, machines, flags. That compilation
-# has RBM_ISA_<NAME> defined; all sources have RBM_HAVE_<NAME> of those that are built, among which
+# The instruction sets that csrc/cpu/isa.cpp is compiled for: name, machines, flags. RBM_ISA_<NAME>
+# tells that compilation which it is; RBM_HAVE_<NAME> tells all sources what was built, among which
 # csrc/cpu/dispatch.cpp chooses at run time. AMX would be one more line here.
 ISAS: list[tuple[str, tuple[str, ...], list[str]]] = [
     ("avx512", X86, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mbmi2"]),
@@ -44,7 +44,7 @@ ISAS: list[tuple[str, tuple[str, ...], list[str]]] = [
 # operations must round twice, or instruction sets would draw different samples.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 CXX_FLAGS += ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
-# gcc 12 warns of uninitialised values inside its own AVX-512 header; clang does not know the warning.
+# gcc 12 warns of uninitialised values inside its own AVX-512 header; clang lacks that warning.
 CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas=-v", "-lineinfo"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
