@@ -7,6 +7,7 @@ into one buffer. ``benchmarks/`` and ``rbm-kernels bench`` share them.
 
 from __future__ import annotations
 
+import logging
 import platform
 import statistics
 import subprocess
@@ -30,6 +31,8 @@ from .ops.gibbs import gibbs_sample
 SHAPES = ((512, 784, 1024), (128, 784, 500), (64, 64, 64), (1024, 2048, 2048))
 SWEEPS = (1, 10)
 PRECISIONS = ("high", "highest")
+
+_log = logging.getLogger("rbm_kernels")
 
 Call = Callable[[], object]
 Draw = Callable[[Tensor], Tensor]
@@ -105,6 +108,7 @@ def naive_free_energy(v: Tensor, W: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 def _compiled(operation: str, k: int) -> Callable[..., object]:
     """torch.compile of the baseline; k > 1 loops over one compiled sweep, to compile in seconds."""
+    torch.compiler.reset()  # the same functions at other shapes would reach the recompile limit
     compiled: Callable[..., Any]
     if operation == "free_energy":
         compiled = torch.compile(naive_free_energy, dynamic=False)
@@ -251,7 +255,7 @@ class Result:
     timings: dict[str, Timing]
     backend: str
     baseline: str
-    notes: dict[str, float] = field(default_factory=dict)
+    tried: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, variant: str, against: str = "naive") -> float | None:
         """How many times faster ``variant`` is than ``against``, by medians."""
@@ -291,13 +295,18 @@ def torch_settings(threads: int | None, matmul: str = "highest") -> Iterator[Non
 
 
 def build_variants(
-    case: Case, *, compile: bool = True, backend: str | None = None, seed: int = 0
+    case: Case,
+    *,
+    compile: bool = True,
+    backend: str | None = None,
+    probe: bool = True,
+    seed: int = 0,
 ) -> tuple[dict[str, Call], Call, str, dict[str, float]]:
     """The calls to compare for a case, on binary float32 data and weights of N(0, 0.05^2).
 
-    Both ways of drawing are tried first, and the faster one becomes ``naive``. Nobody keeps W
-    between two training steps, so ``prepare`` touches it before each CD step: whatever a backend
-    remembers of W must be made anew within the timing.
+    With ``probe``, both ways of drawing are tried first and the faster one becomes ``naive``.
+    Nobody keeps W between two training steps, so ``prepare`` touches it before each CD step:
+    whatever a backend remembers of W must be made anew within the timing.
 
     Returns:
         Calls by name (``naive``, ``naive medium``: its products in bfloat16 where PyTorch has
@@ -332,15 +341,15 @@ def build_variants(
         if case.operation == "cd_step":
             W.mul_(1.0)
 
+    tried: dict[str, float] = {}
+    ways = {"torch.rand < p": naive(draw_rand), "torch.bernoulli": naive(draw_bernoulli)}
     if case.operation == "free_energy":
-        baseline, probe = "softplus", {}
-        fastest = naive(draw_rand)
-    else:
-        ways = {"torch.bernoulli": naive(draw_bernoulli), "torch.rand < p": naive(draw_rand)}
+        ways = {"softplus": naive(draw_rand)}
+    elif probe:
         timings = interleave(ways, seconds=0.1, min_rounds=2, max_rounds=20)
-        probe = {name: timing.p50 for name, timing in timings.items()}
-        baseline = min(probe, key=lambda name: probe[name])
-        fastest = ways[baseline]
+        tried = {name: timing.p50 for name, timing in timings.items()}
+    baseline = min(tried, key=lambda name: tried[name], default=next(iter(ways)))
+    fastest = ways[baseline]
 
     def medium() -> None:
         torch.set_float32_matmul_precision("medium")
@@ -353,12 +362,15 @@ def build_variants(
     variants: dict[str, Call] = {"naive": fastest, "naive medium": medium}
     if compile:
         compiled = _compiled(case.operation, k)
-        compiled(v, W, b, c)
-        variants["compile"] = lambda: compiled(v, W, b, c)
+        try:
+            compiled(v, W, b, c)
+            variants["compile"] = lambda: compiled(v, W, b, c)
+        except Exception as error:  # no C++ compiler, or one that inductor cannot use
+            _log.warning("torch.compile is left out of the table: %s", error)
     variants["products"] = lambda: products(v, W, hidden, grad)
     for precision in PRECISIONS:
         variants[precision] = ours(precision)
-    return variants, prepare, baseline, probe
+    return variants, prepare, baseline, tried
 
 
 @torch.no_grad()
@@ -373,9 +385,9 @@ def measure(
     """Time one case; see :func:`build_variants` for what is compared."""
     backend = backend or fused_backend()
     with torch_settings(threads):
-        variants, prepare, baseline, probe = build_variants(case, compile=compile, backend=backend)
+        variants, prepare, baseline, tried = build_variants(case, compile=compile, backend=backend)
         timings = interleave(variants, seconds=seconds, prepare=prepare)
-    return Result(case, timings, backend, baseline, probe)
+    return Result(case, timings, backend, baseline, tried)
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
