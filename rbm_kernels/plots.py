@@ -117,15 +117,22 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=150, facecolor="white")
 
 
-def _figure(width: float, height: float) -> Figure:
+def require() -> None:
+    """Raise ModuleNotFoundError, naming what to install, unless matplotlib is there."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"plots: pictures need matplotlib ({error}): pip install 'rbm-kernels[train]'",
             name=error.name,
         ) from error
+
+
+def _figure(width: float, height: float) -> Figure:
+    require()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
