@@ -41,6 +41,14 @@ def build_info() -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def why_missing(name: str, error: ImportError) -> str:
+    """Why the native module `name` ("cpu" or "cuda") did not import, from the record of the build."""
+    record = build_info().get(name, {})
+    if record.get("built"):
+        return f"rbm_kernels._{name} was built, but does not import: {error}"
+    return f"not built: {record.get('reason', 'there is no record of a build')}"
+
+
 def package_version() -> str:
     """The version of this package, read without importing it."""
     try:
@@ -103,8 +111,10 @@ def _processor_lines() -> list[str]:
     lines = [f"  {platform.machine()}, {os.cpu_count()} logical CPUs"]
     try:
         native = importlib.import_module("rbm_kernels._cpu")
-        lines.append(f"  instruction sets that can run here: {', '.join(native.available_isas())}")
-        lines.append(f"  in use: {native.isa()}")
+        lines.append(
+            f"  instruction sets that can run here: {', '.join(native.instruction_sets())}"
+        )
+        lines.append(f"  in use: {native.in_use()}")
     except Exception as error:
         lines.append(f"  instruction sets unknown: {type(error).__name__}: {error}")
     return lines

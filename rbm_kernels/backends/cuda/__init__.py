@@ -7,27 +7,24 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from rbm_kernels.info import build_info
+from rbm_kernels.info import why_missing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _module: ModuleType | None = None
-_import_error = ""
+_failure = ""
 try:
     _module = importlib.import_module("rbm_kernels._cuda")
 except ImportError as error:
-    _import_error = str(error)
+    _failure = why_missing("cuda", error)
 
 
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why this backend cannot run here, or None if it can. The first call asks the driver."""
     if _module is None:
-        record = build_info().get("cuda", {})
-        if record.get("built"):
-            return f"rbm_kernels._cuda was built, but does not import: {_import_error}"
-        return f"not built: {record.get('reason', 'there is no record of a build')}"
+        return _failure
     count, error = _module.device_count()
     if count == 0:
         return f"no CUDA device: {error}"
