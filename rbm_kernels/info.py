@@ -42,7 +42,7 @@ def build_info() -> dict[str, Any]:
 
 
 def why_missing(name: str, error: ImportError) -> str:
-    """Why the native module `name` ("cpu" or "cuda") did not import, from the record of the build."""
+    """Why the native module `name` ("cpu" or "cuda") did not import, by the record of the build."""
     record = build_info().get(name, {})
     if record.get("built"):
         return f"rbm_kernels._{name} was built, but does not import: {error}"
