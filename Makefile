@@ -32,9 +32,9 @@ NATIVE_SOURCES := find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -not -n
 
 demo: .venv/train.stamp
 	$(BIN)/rbm-kernels info
-	$(BIN)/rbm-kernels train mnist5k --out demo
+	$(BIN)/rbm-kernels train mnist5k --minutes 1 --out demo
 	$(BIN)/rbm-kernels bench
-	@echo "Pictures:" && ls -1 demo/*.png
+	@echo "Pictures of the model in demo/model.safetensors:" && ls -1 demo/*.png
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -54,7 +54,7 @@ test: lint
 	$(BIN)/pytest -q --durations=10
 
 bench: .venv/bench.stamp
-	$(BIN)/pytest benchmarks -q --benchmark-only --benchmark-columns=min,median,iqr,rounds
+	$(BIN)/pytest benchmarks
 
 clean:
 	rm -rf build dist *.egg-info rbm_kernels/*.so rbm_kernels/_build_info.json
