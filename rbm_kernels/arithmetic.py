@@ -94,6 +94,11 @@ def sigmoid(x: Tensor) -> Tensor:
     return 1.0 / (1.0 + exp_neg(x))
 
 
+def sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded float32 square root; PyTorch's own can be off by one unit (MKL's VML)."""
+    return x.double().sqrt().float()
+
+
 def random_words(
     seed: Tensor, step: int, chains: Tensor, n_units: int, stream: int = 0
 ) -> Tensor:
@@ -153,7 +158,7 @@ def normal(words: Tensor) -> Tensor:
     """Standard normals [B, N] from words [B, N + N % 2], two from each pair (Box and Muller 1958)."""
     first, second = words[:, 0::2], words[:, 1::2]
     u = ((first >> 8) + 1).float() * 2.0**-24  # in (0, 1]
-    radius = (-2.0 * _log(u)).sqrt()
+    radius = sqrt(-2.0 * _log(u))
     turns = uniform(second) * 4.0
     n = turns.round()
     f = turns - n

@@ -74,7 +74,7 @@ def _draw_normal(
     rows, units = mean.shape
     words = _words(seed, step, chain_offset, rows, units + units % 2)
     noise = arithmetic.normal(words)[:, :units]
-    sigma = arithmetic.exp_neg(-0.5 * log_var.float()) / _column(beta, mean).sqrt()
+    sigma = arithmetic.exp_neg(-0.5 * log_var.float()) / arithmetic.sqrt(_column(beta, mean))
     return arithmetic.fma(sigma.expand_as(mean), noise, mean)
 
 
