@@ -7,6 +7,7 @@ into one buffer. ``benchmarks/`` and ``rbm-kernels bench`` share them.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import platform
 import statistics
@@ -526,9 +527,11 @@ def _cpu_name() -> str:
 
 
 def _isa() -> str:
-    """Instruction set of the cpu backend, as far as it tells."""
-    ask = getattr(backends.cpu, "isa", None)
-    return str(ask()) if callable(ask) else "unknown instruction set"
+    """Instruction set that the cpu backend uses."""
+    try:
+        return str(importlib.import_module("rbm_kernels._cpu").in_use())
+    except ImportError:
+        return "not built"
 
 
 def _commit(checkout: Path | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 from .ops.sample import sample_hidden, sample_visible
 from .seeds import Seed, resolve
 
-# softplus(x) = x to full fp64 precision above this: exp(-40) is below half a unit in the last place.
+# softplus(x) = x to full float64 precision above this: exp(-40) is below half a last place.
 _SOFTPLUS_LINEAR = 40.0
 
 
@@ -239,8 +239,10 @@ def ais(
     state = resolve("ais", seed, generator, W.device)
     nothing = path.W.new_zeros(n_chains, path.W.shape[1])
     W0, b0, _, log_var0 = path.parameters(0.0)
-    v = sample_visible(
-        nothing, W0, b0, log_var=log_var0, seed=state, backend=backend, precision=precision
+    v = _states(
+        sample_visible(
+            nothing, W0, b0, log_var=log_var0, seed=state, backend=backend, precision=precision
+        )
     )
     log_weights = torch.full((n_chains,), path.base_log_z(), dtype=torch.float64, device=W.device)
     for before, beta in zip(schedule[:-1], schedule[1:], strict=True):
@@ -382,12 +384,11 @@ class _Path:
         self, v: Tensor, beta: float, state: Tensor, backend: str | None, precision: str | None
     ) -> Tensor:
         W, b, c, log_var = self.parameters(beta)
-        h = sample_hidden(
-            v, W, c, log_var=log_var, seed=state, backend=backend, precision=precision
-        )
-        return sample_visible(
-            h, W, b, log_var=log_var, seed=state, backend=backend, precision=precision
-        )
+        options: Any = {
+            "log_var": log_var, "seed": state, "backend": backend, "precision": precision,
+        }  # fmt: skip
+        h = _states(sample_hidden(v, W, c, **options))
+        return _states(sample_visible(h, W, b, **options))
 
     def log_ratio(self, v: Tensor, before: float, after: float) -> Tensor:
         """log p_after(v) - log p_before(v), unnormalised, [n_chains] float64."""
@@ -427,6 +428,12 @@ def _schedule(where: str, betas: int | Sequence[float] | Tensor) -> list[float]:
     if len(schedule) < 2 or schedule[0] != 0.0 or schedule[-1] != 1.0 or not rises:
         raise ValueError(f"{where}: betas must rise from 0 to 1, got {schedule[:4]}...")
     return schedule
+
+
+def _states(drawn: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """The states alone, for the type checker: probabilities come only when asked for."""
+    assert isinstance(drawn, Tensor)
+    return drawn
 
 
 class PseudoLikelihood(NamedTuple):

@@ -1,10 +1,11 @@
-"""The training loop: it learns real digits, resumes bit for bit, and keeps chains and files whole."""
+"""The training loop: it learns real digits, resumes bit for bit, keeps chains and files whole."""
 
 from __future__ import annotations
 
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,10 +214,10 @@ def test_checkpoint_errors(digits, tmp_path):
 
 def test_a_failed_save_leaves_the_earlier_file(tmp_path):
     path = tmp_path / "file"
-    training.write_atomically(path, lambda name: open(name, "w").write("earlier"))
+    training.write_atomically(path, lambda name: Path(name).write_text("earlier"))
 
     def fail(name: str) -> None:
-        open(name, "w").write("half")
+        Path(name).write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -36,7 +36,7 @@ def _preactivation(
     if log_var is not None:
         a = a * arithmetic.exp_neg(log_var.float())
     row_scale = a.new_ones(a.shape[0])
-    if not bool(((a == 0) | (a == 1)).all()):
+    if not _binary(a):
         row_scale = arithmetic.scale_of(a.abs().amax(dim=1), limbs)
     total = arithmetic.exact_product(
         arithmetic.fixed_point(a, row_scale[:, None]), arithmetic.fixed_point(w, weight_scale)
@@ -45,6 +45,14 @@ def _preactivation(
         total, (row_scale * weight_scale)[:, None].expand_as(total), bias.float().expand_as(total)
     )
     return _column(beta, x) * x
+
+
+def _binary(states: Tensor) -> bool:
+    return bool(((states == 0) | (states == 1)).all())
+
+
+def _largest(states: Tensor) -> Tensor:
+    return states.new_ones(()) if _binary(states) else states.abs().amax()
 
 
 def _column(beta: Beta, like: Tensor) -> Tensor:
@@ -225,8 +233,8 @@ def cd_step(
     n_data, n_chain = data.shape[0], state.shape[0]
     common = math.lcm(n_data, n_chain)
     one = 2.0**23 if limbs == 3 else 2.0**15
-    largest = torch.maximum(data.abs().amax(), state.abs().amax())
-    real = log_var is not None or not bool(((data == 0) | (data == 1)).all())
+    real = not (_binary(data) and _binary(state))
+    largest = torch.maximum(_largest(data), _largest(state))
     scale = arithmetic.scale_of(largest, limbs) if real else torch.ones_like(largest)
 
     def sums(states: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
