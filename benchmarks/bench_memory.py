@@ -80,6 +80,10 @@ def bench_memory(benchmark, report):
     benchmark.pedantic(measure, rounds=1, iterations=1)
     report.table(
         "Peak memory of CD-1, MiB over the inputs",
+        "needed: the gradient, W's limbs in both layouts, states and limbs of p, all at once.",
+    )
+    report.table(
+        "Peak memory of CD-1, MiB over the inputs",
         bench.markdown(["B x V x H", *next(iter(data.values()))], rows),
     )
     report.data["memory_bytes"] = data

@@ -78,8 +78,9 @@ def compare(benchmark: Any, seconds: float) -> Callable[..., dict[str, bench.Tim
     ) -> dict[str, bench.Timing]:
         samples: dict[str, list[float]] = {name: [] for name in variants}
         bench.one_turn(variants, samples, 0, prepare)  # warms up
-        bench.one_turn(variants, samples, 0, prepare)
-        one_round = sum(taken[1] for taken in samples.values())
+        if sum(taken[0] for taken in samples.values()) < 1.0:
+            bench.one_turn(variants, samples, 0, prepare)
+        one_round = sum(taken[-1] for taken in samples.values())
         rounds = min(max(int(budget / one_round), 5), 200)
         for taken in samples.values():
             taken.clear()
