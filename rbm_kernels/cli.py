@@ -266,7 +266,8 @@ def _train(arguments: argparse.Namespace) -> int:
     written = [MODEL, METRICS, CHECKPOINT]
     if not arguments.no_plots:
         written += _write_pictures(out, run, held_out, whole.image_shape)
-    print("log-likelihood ...", end="\r", flush=True)
+    if sys.stdout.isatty():
+        print("estimating the log-likelihood ...", end="\r", flush=True)
     result = training.evaluate(
         run.model,
         binary_rows,

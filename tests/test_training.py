@@ -168,10 +168,10 @@ def test_learns_digits_exactly_measured(digits):
 
 
 def test_evaluate_by_ais(digits):
-    settings = Settings(hidden=24, epochs=10, batch=64, chains=64, learning_rate=0.1)
+    settings = Settings(hidden=18, epochs=10, batch=64, chains=64, learning_rate=0.1)
     run = training.train(*digits, training.start(digits[0], settings))
-    result = training.evaluate(run.model, *digits, betas=500)
-    exact = training.evaluate(run.model, *digits, exact_units=24)
+    result = training.evaluate(run.model, *digits, betas=500, exact_units=17)
+    exact = training.evaluate(run.model, *digits)
     assert result.estimate is not None and exact.estimate is None
     assert result.held_out == pytest.approx(exact.held_out, abs=0.3)
     assert result.independent == exact.independent < exact.held_out
