@@ -69,9 +69,9 @@ def log_partition_exact(
         raise ValueError(f"log_partition_exact: chunk must be at least 1, got {chunk}")
     if enumerate_visible:
         W, b, c = W.T, c, b
-    # The log-weight of a state s of the enumerated layer is c's plus the other layer's log-sum at the
-    # field W s. A state is a pair (high bits, low bits): the fields of the low bits are one table,
-    # and each state of the high bits is one pass over it.
+    # The log-weight of a state s of the enumerated layer is c's, plus the other layer's log-sum at
+    # the field W s. A state is a pair (high bits, low bits): the fields of the low bits are one
+    # table, and each state of the high bits is one pass over it.
     low_bits = min(n, max(0, (chunk // max(W.shape[0], 1)).bit_length() - 1))
     low_states = _binary_states(low_bits, W.device)
     low_bias = low_states @ c[:low_bits]  # [2^low_bits]
