@@ -99,9 +99,7 @@ def sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
-def random_words(
-    seed: Tensor, step: int, chains: Tensor, n_units: int, stream: int = 0
-) -> Tensor:
+def random_words(seed: Tensor, step: int, chains: Tensor, n_units: int, stream: int = 0) -> Tensor:
     """Philox4x32-10 words of one half-sweep (Salmon et al., SC 2011).
 
     Args:
@@ -155,7 +153,7 @@ def _log(x: Tensor) -> Tensor:
 
 
 def normal(words: Tensor) -> Tensor:
-    """Standard normals [B, N] from words [B, N + N % 2], two from each pair (Box and Muller 1958)."""
+    """Standard normals from words [B, N], N even: two from each pair (Box and Muller 1958)."""
     first, second = words[:, 0::2], words[:, 1::2]
     u = ((first >> 8) + 1).float() * 2.0**-24  # in (0, 1]
     radius = sqrt(-2.0 * _log(u))

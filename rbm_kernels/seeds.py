@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TypeAlias
 
 import torch
@@ -56,4 +57,9 @@ def resolve(
 def advance(seed: Seed | None, half_sweeps: int) -> None:
     """Move the offset of a caller's seed tensor past the half-sweeps just drawn."""
     if isinstance(seed, Tensor):
-        seed[1].add_(half_sweeps)
+        seed.add_(_step(half_sweeps, seed.device))
+
+
+@functools.lru_cache(maxsize=64)
+def _step(half_sweeps: int, device: torch.device) -> Tensor:
+    return torch.tensor((0, half_sweeps), dtype=torch.int64, device=device)

@@ -106,25 +106,36 @@ template <class Rows> struct RowReader {
   }
 };
 
-// table[e] = sum of the rows whose bit is set in e.
-template <class Reader> void build_table(Reader& rows, int64_t k, int64_t K, int group, char* table) {
-  int32_t* entries = reinterpret_cast<int32_t*>(table);
-  store(entries, I16(0));
-  for (int bit = 0; bit < group && k + bit < K; ++bit) {
-    const I16 row = rows[k + bit];
-    const int64_t half = int64_t{1} << bit;
-    for (int64_t e = 0; e < half; ++e) store(entries + (half + e) * kTile, add(load(entries + e * kTile), row));
+// table[e] = sum of the rows whose bit is set in e. The sums of the first three rows stay in
+// registers, so that the table is only written.
+template <int group, class Reader> void build_table(Reader& rows, int64_t k, int64_t K, char* table) {
+  I16 row[group];
+  for (int bit = 0; bit < group; ++bit) row[bit] = k + bit < K ? rows[k + bit] : I16(0);
+  constexpr int kLow = group < 3 ? group : 3;
+  I16 low[1 << kLow], high[1 << (group - kLow)];
+  low[0] = high[0] = I16(0);
+  for (int bit = 0; bit < kLow; ++bit) {
+    for (int e = 0; e < 1 << bit; ++e) low[(1 << bit) + e] = add(low[e], row[bit]);
+  }
+  for (int bit = 0; bit < group - kLow; ++bit) {
+    for (int e = 0; e < 1 << bit; ++e) high[(1 << bit) + e] = add(high[e], row[kLow + bit]);
+  }
+  int32_t* entry = reinterpret_cast<int32_t*>(table);
+  for (const I16& h : high) {
+    for (const I16& l : low) {
+      store(entry, add(h, l));
+      entry += kTile;
+    }
   }
 }
 
-template <int count>
-void add_entries(const uint16_t* groups, int64_t stride, int64_t rows, const char* tables, int64_t table_size,
-                 int32_t* sums) {
+template <int group, int count>
+void add_entries(const uint16_t* groups, int64_t stride, int64_t rows, const char* tables, int32_t* sums) {
   for (int64_t m = 0; m < rows; ++m, groups += stride, sums += kTile) {
     I16 sum = load(sums);
 #pragma GCC unroll 16
     for (int g = 0; g < count; ++g) {
-      sum = add(sum, load(reinterpret_cast<const int32_t*>(tables + g * table_size + groups[g])));
+      sum = add(sum, load(reinterpret_cast<const int32_t*>(tables + (g << (group + 6)) + groups[g])));
     }
     store(sums, sum);
   }
@@ -149,33 +160,47 @@ void fold(int32_t* sums, int64_t rows, double weight, double* totals) {
   }
 }
 
-// sums += binary operand @ rows, folded into totals (if there are any) before int32 can overflow.
-template <class Rows>
+template <int group, class Rows>
 void binary_product(const Operand& a, const Rows& rows, int64_t begin, int64_t end, Scratch& s, double* totals,
                     double weight) {
   RowReader<Rows> reader(rows, a.K);
-  const int64_t table_size = int64_t{64} << a.group, count = end - begin;
+  const int64_t count = end - begin;
   const uint16_t* groups = a.groups + begin * a.n_groups;
   int64_t pending = 0;
   for (int64_t g = 0; g < a.n_groups; g += kChunk) {
     const int n = static_cast<int>(a.n_groups - g < kChunk ? a.n_groups - g : kChunk);
-    if (totals && pending + n * a.group > kSafeRows) {
+    if (totals && pending + n * group > kSafeRows) {
       fold(s.sums, count, weight, totals);
       pending = 0;
     }
-    pending += n * a.group;
-    for (int i = 0; i < n; ++i) build_table(reader, (g + i) * a.group, a.K, a.group, s.tables + i * table_size);
+    pending += n * group;
+    for (int i = 0; i < n; ++i) build_table<group>(reader, (g + i) * group, a.K, s.tables + (i << (group + 6)));
+    int i = 0;
     if (n == kChunk) {
-      add_entries<kChunk>(groups + g, a.n_groups, count, s.tables, table_size, s.sums);
-    } else {
-      int i = 0;
-      for (; i + 4 <= n; i += 4)
-        add_entries<4>(groups + g + i, a.n_groups, count, s.tables + i * table_size, table_size, s.sums);
-      for (; i < n; ++i)
-        add_entries<1>(groups + g + i, a.n_groups, count, s.tables + i * table_size, table_size, s.sums);
+      add_entries<group, kChunk>(groups + g, a.n_groups, count, s.tables, s.sums);
+      i = kChunk;
     }
+    for (; i + 4 <= n; i += 4)
+      add_entries<group, 4>(groups + g + i, a.n_groups, count, s.tables + (i << (group + 6)), s.sums);
+    for (; i < n; ++i)
+      add_entries<group, 1>(groups + g + i, a.n_groups, count, s.tables + (i << (group + 6)), s.sums);
   }
   if (totals) fold(s.sums, count, weight, totals);
+}
+
+// sums += binary operand @ rows, folded into totals (if there are any) before int32 can overflow.
+template <class Rows>
+void binary_product(const Operand& a, const Rows& rows, int64_t begin, int64_t end, Scratch& s, double* totals,
+                    double weight) {
+  clear(s.sums, end - begin);
+  switch (a.group) {
+    case 1: return binary_product<1>(a, rows, begin, end, s, totals, weight);
+    case 2: return binary_product<2>(a, rows, begin, end, s, totals, weight);
+    case 3: return binary_product<3>(a, rows, begin, end, s, totals, weight);
+    case 4: return binary_product<4>(a, rows, begin, end, s, totals, weight);
+    case 5: return binary_product<5>(a, rows, begin, end, s, totals, weight);
+    default: return binary_product<6>(a, rows, begin, end, s, totals, weight);
+  }
 }
 
 template <int count>
@@ -335,7 +360,6 @@ void half_sweep(const HalfSweep& h, int64_t tile, int64_t row_begin, int64_t row
     if (real) {
       real_product(h.given, rows, begin, end, s, s.totals, 1.0);
     } else {
-      clear(s.sums, end - begin);
       if (totals) clear(s.totals, end - begin);
       binary_product(h.given, rows, begin, end, s, totals ? s.totals : nullptr, 1.0);
     }
@@ -359,7 +383,6 @@ void gradient(const Gradient& g, int64_t tile, int64_t row_begin, int64_t row_en
       if (phase.visible.fixed) {
         real_product(phase.visible, rows, begin, end, s, s.weighted, phase.weight);
       } else {
-        clear(s.sums, end - begin);
         binary_product(phase.visible, rows, begin, end, s, s.weighted, phase.weight);
       }
     }

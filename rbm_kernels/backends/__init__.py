@@ -19,8 +19,6 @@ BACKENDS: dict[str, ModuleType] = {
     "triton": triton,
     "cuda": cuda,
 }
-# The operations that each fused backend has so far; the reference has them all.
-_CPU_OPERATIONS = ("sample_hidden", "sample_visible", "gibbs_sample", "free_energy", "cd_step")
 
 
 def _refusal(name: str, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:

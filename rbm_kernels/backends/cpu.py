@@ -14,7 +14,7 @@ from rbm_kernels.backends import reference
 
 Beta = float | Tensor
 
-# torch is imported first: the module then finds torch's OpenMP runtime already loaded and shares it.
+# torch comes first: the module then finds torch's OpenMP runtime loaded, and shares its threads.
 _cpu: ModuleType | None = None
 _failure: str | None = None
 try:
@@ -262,7 +262,8 @@ def cd_step(
     direct = (
         out is not None
         and log_var is None
-        and all(g.dtype == _FLOAT32 and g.stride(-1) == 1 for g in out)
+        and out[0].dtype == out[1].dtype == out[2].dtype == _FLOAT32
+        and out[0].stride(1) == out[1].stride(0) == out[2].stride(0) == 1
     )
     if direct and out is not None:
         grad_W, grad_b, grad_c = out
@@ -294,4 +295,5 @@ def cd_step(
         )
     if advanced.dtype != state_dtype:
         advanced = advanced.to(state_dtype)
-    return (*grads, advanced, energies[0], energies[1])
+    free_energy_data, free_energy_chain = energies.unbind()
+    return (*grads, advanced, free_energy_data, free_energy_chain)

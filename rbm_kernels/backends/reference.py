@@ -170,9 +170,7 @@ def gibbs_sample(
     for sweep in range(k):
         x = _hidden(state, W, c, log_var, beta, limbs)
         h = _draw_bernoulli(x, seed, 2 * sweep, chain_offset)
-        state, _ = _draw_visible(
-            h, W, b, log_var, beta, seed, 2 * sweep + 1, chain_offset, limbs
-        )
+        state, _ = _draw_visible(h, W, b, log_var, beta, seed, 2 * sweep + 1, chain_offset, limbs)
         if mask is not None:
             state = torch.where(mask, held, state)
     return state.to(out_dtype)
@@ -252,9 +250,7 @@ def cd_step(
     grad_c = (h_chain * weight_chain - h_data * weight_data).float() * unit
     v_data, v_chain = data.double().sum(dim=0), state.double().sum(dim=0)
     grad_b = ((v_chain * weight_chain - v_data * weight_data) / common).float()
-    grads = finish_gradients(
-        grad_W, grad_b, grad_c, data, state, W, b, log_var, out, accumulate
-    )
+    grads = finish_gradients(grad_W, grad_b, grad_c, data, state, W, b, log_var, out, accumulate)
     energies = [
         free_energy(s, W, b, c, log_var, 1.0).mean(dtype=torch.float64).float()
         for s in (data, state)

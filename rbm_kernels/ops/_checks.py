@@ -38,9 +38,7 @@ def states(op: str, name: str, value: Tensor, units: int, layer: str, W: Tensor)
             f"{op}: {name} must be [B, {layer}] = [B, {units}], got {list(value.shape)}"
         )
     if value.dtype not in _STATES:
-        raise TypeError(
-            f"{op}: {name} must be bool, uint8 or floating point, got {value.dtype}"
-        )
+        raise TypeError(f"{op}: {name} must be bool, uint8 or floating point, got {value.dtype}")
     if value.device != W.device:
         raise ValueError(f"{op}: {name} must be on W's device {W.device}, got {value.device}")
 
@@ -71,7 +69,9 @@ def temperature(op: str, beta: float | Tensor, rows: int, W: Tensor) -> tuple[fl
         if beta.dim() == 0:
             return temperature(op, float(beta), rows, W)
         if beta.shape != (rows,):
-            raise ValueError(f"{op}: beta must be a float or [B] = [{rows}], got {list(beta.shape)}")
+            raise ValueError(
+                f"{op}: beta must be a float or [B] = [{rows}], got {list(beta.shape)}"
+            )
         if beta.device != W.device:
             raise ValueError(f"{op}: beta must be on W's device {W.device}, got {beta.device}")
         return 1.0, beta.float().contiguous()
@@ -89,4 +89,3 @@ def state_dtype(op: str, out_dtype: torch.dtype | None, W: Tensor) -> torch.dtyp
     if out_dtype not in _STATES:
         raise TypeError(f"{op}: out_dtype must be a float dtype, uint8 or bool, got {out_dtype}")
     return out_dtype
-

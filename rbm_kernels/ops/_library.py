@@ -28,17 +28,16 @@ def register(
     qualified = f"rbm_kernels::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(
-            qualified, backward, setup_context=save, lib=_LIBRARY
-        )
+        torch.library.register_autograd(qualified, backward, setup_context=save, lib=_LIBRARY)
 
 
 def plain_eager() -> bool:
-    """No compiler, tracer or tensor subclass is looking, so the backend may be called directly."""
+    """No compiler, tracer, tensor mode or transform looks on: a backend may be called directly."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 

@@ -92,7 +92,7 @@ def cd_step(
         tensor([1., 1., 1.])
     """
     op = "cd_step"
-    limbs = _check(op, v, W, b, c, k, chains, log_var, precision)
+    _check(op, v, W, b, c, k, chains, log_var)
     if out is not None:
         _check_out(op, out, W, log_var)
     elif accumulate:
@@ -100,11 +100,12 @@ def cd_step(
     key = seeds.resolve(op, seed, generator, W.device)
     if _library.plain_eager():
         result = select(op, backend, W.device, W.dtype).cd_step(
-            v, W, b, c, k, chains, log_var, out, accumulate, key, chain_offset, limbs
-        )
+            v, W, b, c, k, chains, log_var, out, accumulate, key, chain_offset,
+            limbs_of(precision),
+        )  # fmt: skip
     else:
         *grads, advanced, data, chain = torch.ops.rbm_kernels.cd_step(
-            v, W, b, c, k, chains, log_var, key, chain_offset, limbs, backend
+            v, W, b, c, k, chains, log_var, key, chain_offset, backend, precision
         )
         if out is not None:
             for buffer, grad in zip(out, grads, strict=False):
@@ -145,21 +146,24 @@ def cd_loss(
         0-dim tensor, float32.
     """
     op = "cd_loss"
-    limbs = _check(op, v, W, b, c, k, chains, log_var, precision)
+    _check(op, v, W, b, c, k, chains, log_var)
     key = seeds.resolve(op, seed, generator, W.device)
-    arguments = (v, W, b, c, k, chains, log_var, key, chain_offset, limbs, backend)
-    result = torch.ops.rbm_kernels.cd_loss(*arguments)
+    arguments = (v, W, b, c, k, chains, log_var, key, chain_offset, backend, precision)
+    if _library.plain_eager():
+        loss, advanced = _Loss.apply(*arguments)
+    else:
+        loss, *_, advanced = torch.ops.rbm_kernels.cd_loss(*arguments)
     if chains is not None:
-        chains.copy_(result[5].detach())
+        chains.copy_(advanced.detach())
     seeds.advance(seed, 2 * k)
-    loss: Tensor = result[0]
-    return loss
+    result: Tensor = loss
+    return result
 
 
 def _check(
     op: str, v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, chains: Tensor | None,
-    log_var: Tensor | None, precision: str | None,
-) -> int:  # fmt: skip
+    log_var: Tensor | None,
+) -> None:  # fmt: skip
     _checks.weight(op, W)
     n_visible, n_hidden = W.shape
     _checks.states(op, "v", v, n_visible, "V", W)
@@ -173,11 +177,9 @@ def _check(
         _checks.states(op, "chains", chains, n_visible, "V", W)
         if chains.shape[0] == 0:
             raise ValueError(
-                f"{op}: chains must have at least one row to average over, got "
-                f"{list(chains.shape)}"
+                f"{op}: chains must have at least one row to average over, got {list(chains.shape)}"
             )
     _checks.sweeps(op, k)
-    return limbs_of(precision)
 
 
 def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, log_var: Tensor | None) -> None:
@@ -190,9 +192,7 @@ def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, log_var: Tensor | No
         if not isinstance(buffer, Tensor) or not buffer.is_floating_point():
             raise TypeError(f"{op}: out's {name} must be a floating-point tensor, got {buffer!r}")
         if buffer.shape != shape:
-            raise ValueError(
-                f"{op}: out's {name} must be {list(shape)}, got {list(buffer.shape)}"
-            )
+            raise ValueError(f"{op}: out's {name} must be {list(shape)}, got {list(buffer.shape)}")
         if buffer.device != W.device:
             raise ValueError(
                 f"{op}: out's {name} must be on W's device {W.device}, got {buffer.device}"
@@ -201,17 +201,21 @@ def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, log_var: Tensor | No
 
 def _step(
     v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, chains: Tensor | None,
-    log_var: Tensor | None, seed: Tensor, chain_offset: int, limbs: int, backend: str | None,
+    log_var: Tensor | None, seed: Tensor, chain_offset: int, backend: str | None,
+    precision: str | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    result = select("cd_step", backend, W.device, W.dtype).cd_step(
-        v, W, b, c, k, chains, log_var, None, False, seed, chain_offset, limbs
+    *grads, advanced, data, chain = select("cd_step", backend, W.device, W.dtype).cd_step(
+        v, W, b, c, k, chains, log_var, None, False, seed, chain_offset, limbs_of(precision)
     )
-    return tuple(W.new_empty(0) if t is None else t for t in result)
+    if grads[3] is None:
+        grads[3] = W.new_empty(0)
+    return (*grads, advanced, data.clone(), chain.clone())  # an operator's outputs share no memory
 
 
 def _step_fake(
     v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, chains: Tensor | None,
-    log_var: Tensor | None, seed: Tensor, chain_offset: int, limbs: int, backend: str | None,
+    log_var: Tensor | None, seed: Tensor, chain_offset: int, backend: str | None,
+    precision: str | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         W.new_empty(W.shape),
@@ -247,9 +251,24 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return (None, *grads[:3], None, None, grads[3] if ctx.gaussian else None, *(None,) * 4)
 
 
+class _Loss(torch.autograd.Function):
+    """The registered operator's autograd without the dispatcher, for plain eager calls."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        outputs = _loss(*arguments)
+        _save(ctx, arguments, outputs)
+        ctx.mark_non_differentiable(outputs[5])
+        return outputs[0], outputs[5]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        return _backward(ctx, grad)
+
+
 _ARGUMENTS = (
     "(Tensor v, Tensor W, Tensor b, Tensor c, int k, Tensor? chains, Tensor? log_var, Tensor seed, "
-    "int chain_offset, int limbs, str? backend) -> "
+    "int chain_offset, str? backend, str? precision) -> "
 )
 _library.register(
     "cd_step",

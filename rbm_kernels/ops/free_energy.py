@@ -62,28 +62,27 @@ def free_energy(
     if log_var is not None:
         _checks.vector(op, "log_var", log_var, n_visible, "V", W)
     value, betas = _checks.temperature(op, beta, v.shape[0], W)
-    limbs = limbs_of(precision)
     if _library.plain_eager() and not _library.needs_grad(v, W, b, c, log_var):
-        return _run(v, W, b, c, log_var, value, betas, limbs, backend)
+        return _run(v, W, b, c, log_var, value, betas, backend, precision)
     result: Tensor = torch.ops.rbm_kernels.free_energy(
-        v, W, b, c, log_var, value, betas, limbs, backend
+        v, W, b, c, log_var, value, betas, backend, precision
     )
     return result
 
 
 def _run(
     v: Tensor, W: Tensor, b: Tensor, c: Tensor, log_var: Tensor | None, beta: float,
-    betas: Tensor | None, limbs: int, backend: str | None,
+    betas: Tensor | None, backend: str | None, precision: str | None,
 ) -> Tensor:  # fmt: skip
     result: Tensor = select("free_energy", backend, W.device, W.dtype).free_energy(
-        v, W, b, c, log_var, beta if betas is None else betas, limbs
+        v, W, b, c, log_var, beta if betas is None else betas, limbs_of(precision)
     )
     return result
 
 
 def _fake(
     v: Tensor, W: Tensor, b: Tensor, c: Tensor, log_var: Tensor | None, beta: float,
-    betas: Tensor | None, limbs: int, backend: str | None,
+    betas: Tensor | None, backend: str | None, precision: str | None,
 ) -> Tensor:  # fmt: skip
     return W.new_empty(v.shape[0], dtype=torch.promote_types(W.dtype, torch.float32))
 
@@ -126,7 +125,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _library.register(
     "free_energy",
     "(Tensor v, Tensor W, Tensor b, Tensor c, Tensor? log_var, float beta, Tensor? betas, "
-    "int limbs, str? backend) -> Tensor",
+    "str? backend, str? precision) -> Tensor",
     _run,
     _fake,
     _save,

@@ -75,17 +75,16 @@ def gibbs_sample(
     dtype = _checks.state_dtype(op, out_dtype, W)
     value, betas = _checks.temperature(op, beta, v.shape[0], W)
     mask, values = _clamp(op, clamp, v)
-    limbs = limbs_of(precision)
     key = seeds.resolve(op, seed, generator, W.device)
     if _library.plain_eager():
         state: Tensor = select(op, backend, W.device, W.dtype).gibbs_sample(
             v, W, b, c, k, log_var, value if betas is None else betas, mask, values, key,
-            chain_offset, dtype, limbs,
+            chain_offset, dtype, limbs_of(precision),
         )  # fmt: skip
     else:
         state = torch.ops.rbm_kernels.gibbs_sample(
-            v, W, b, c, k, log_var, value, betas, mask, values, key, chain_offset, dtype, limbs,
-            backend,
+            v, W, b, c, k, log_var, value, betas, mask, values, key, chain_offset, dtype,
+            backend, precision,
         )  # fmt: skip
     seeds.advance(seed, 2 * k)
     return state
@@ -117,11 +116,12 @@ def _clamp(
 def _run(
     v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, log_var: Tensor | None, beta: float,
     betas: Tensor | None, mask: Tensor | None, values: Tensor | None, seed: Tensor,
-    chain_offset: int, out_dtype: torch.dtype, limbs: int, backend: str | None,
+    chain_offset: int, out_dtype: torch.dtype, backend: str | None,
+    precision: str | None,
 ) -> Tensor:  # fmt: skip
     result: Tensor = select("gibbs_sample", backend, W.device, W.dtype).gibbs_sample(
         v, W, b, c, k, log_var, beta if betas is None else betas, mask, values, seed,
-        chain_offset, out_dtype, limbs,
+        chain_offset, out_dtype, limbs_of(precision),
     )  # fmt: skip
     return result
 
@@ -129,7 +129,8 @@ def _run(
 def _fake(
     v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, log_var: Tensor | None, beta: float,
     betas: Tensor | None, mask: Tensor | None, values: Tensor | None, seed: Tensor,
-    chain_offset: int, out_dtype: torch.dtype, limbs: int, backend: str | None,
+    chain_offset: int, out_dtype: torch.dtype, backend: str | None,
+    precision: str | None,
 ) -> Tensor:  # fmt: skip
     return W.new_empty(v.shape, dtype=out_dtype)
 
@@ -137,8 +138,8 @@ def _fake(
 _library.register(
     "gibbs_sample",
     "(Tensor v, Tensor W, Tensor b, Tensor c, int k, Tensor? log_var, float beta, Tensor? betas, "
-    "Tensor? mask, Tensor? values, Tensor seed, int chain_offset, ScalarType out_dtype, int limbs, "
-    "str? backend) -> Tensor",
+    "Tensor? mask, Tensor? values, Tensor seed, int chain_offset, ScalarType out_dtype, "
+    "str? backend, str? precision) -> Tensor",
     _run,
     _fake,
 )

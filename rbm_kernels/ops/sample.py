@@ -133,7 +133,6 @@ def _sample(
         _checks.vector(op, "log_var", log_var, n_visible, "V", W)
     dtype = _checks.state_dtype(op, out_dtype, W)
     value, betas = _checks.temperature(op, beta, given.shape[0], W)
-    limbs = limbs_of(precision)
     key = seeds.resolve(op, seed, generator, W.device)
     if _library.plain_eager() and not (
         return_probs and _library.needs_grad(given, W, bias, log_var)
@@ -141,12 +140,12 @@ def _sample(
         module = select(op, backend, W.device, W.dtype)
         states, probs = getattr(module, op)(
             given, W, bias, log_var, value if betas is None else betas, return_probs, key,
-            chain_offset, dtype, limbs,
+            chain_offset, dtype, limbs_of(precision),
         )  # fmt: skip
     else:
         states, probs = getattr(torch.ops.rbm_kernels, op)(
-            given, W, bias, log_var, value, betas, return_probs, key, chain_offset, dtype, limbs,
-            backend,
+            given, W, bias, log_var, value, betas, return_probs, key, chain_offset, dtype,
+            backend, precision,
         )  # fmt: skip
     seeds.advance(seed, 1)
     return (states, probs) if return_probs else states
@@ -154,8 +153,8 @@ def _sample(
 
 _SCHEMA = (
     "(Tensor given, Tensor W, Tensor bias, Tensor? log_var, float beta, Tensor? betas, "
-    "bool return_probs, Tensor seed, int chain_offset, ScalarType out_dtype, int limbs, "
-    "str? backend) -> (Tensor, Tensor)"
+    "bool return_probs, Tensor seed, int chain_offset, ScalarType out_dtype, "
+    "str? backend, str? precision) -> (Tensor, Tensor)"
 )
 
 
@@ -163,12 +162,12 @@ def _implementation(op: str) -> Any:
     def run(
         given: Tensor, W: Tensor, bias: Tensor, log_var: Tensor | None, beta: float,
         betas: Tensor | None, return_probs: bool, seed: Tensor, chain_offset: int,
-        out_dtype: torch.dtype, limbs: int, backend: str | None,
+        out_dtype: torch.dtype, backend: str | None, precision: str | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         module = select(op, backend, W.device, W.dtype)
         result: tuple[Tensor, Tensor] = getattr(module, op)(
             given, W, bias, log_var, beta if betas is None else betas, return_probs, seed,
-            chain_offset, out_dtype, limbs,
+            chain_offset, out_dtype, limbs_of(precision),
         )  # fmt: skip
         return result
 
@@ -178,7 +177,7 @@ def _implementation(op: str) -> Any:
 def _fake(
     given: Tensor, W: Tensor, bias: Tensor, log_var: Tensor | None, beta: float,
     betas: Tensor | None, return_probs: bool, seed: Tensor, chain_offset: int,
-    out_dtype: torch.dtype, limbs: int, backend: str | None,
+    out_dtype: torch.dtype, backend: str | None, precision: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (given.shape[0], bias.shape[0])
     probs = W.new_empty(shape) if return_probs else W.new_empty(0)
@@ -186,7 +185,7 @@ def _fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    given, W, bias, log_var, beta, betas = inputs[:6]
+    given, W, _, log_var, beta, betas = inputs[:6]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(given, W, log_var, betas, output[1])
     ctx.beta = beta
