@@ -27,6 +27,11 @@ struct Operand {
   const uint16_t* groups;
   int64_t n_groups;  // also the row stride
   int group;
+  // ... or, for the kernels that say so (binary_as_bytes), one byte a state, zero up to a multiple of
+  // 64; whole blocks of 32 rows can be read.
+  const uint8_t* bytes;
+  int64_t bytes_stride;
+  int digits;  // bytes of the right operand's integers, 2 or 3
   // Real: integers held in float, [rows, K], and the scale of each row (null: 1).
   const float* fixed;
   const float* row_scale;
@@ -86,6 +91,7 @@ struct Gradient {
 
 struct Kernels {
   const char* name;
+  bool binary_as_bytes;
   // Largest |value| of n floats as bits; 0x7f800000 or more tells of a value that is not finite.
   uint32_t (*largest)(const float* values, int64_t n);
   // Pack a row of n states; false when some value is neither 0 nor 1.
@@ -93,6 +99,8 @@ struct Kernels {
   bool (*pack_bytes)(const uint8_t* row, int64_t n, uint8_t* bits);
   // Table offsets of the groups of one packed row (readable 8 bytes past its end).
   void (*group_offsets)(const uint8_t* bits, int64_t n_groups, int group, uint16_t* out);
+  // One byte a state, up to n rounded up to 16.
+  void (*expand_bits)(const uint8_t* bits, int64_t n, uint8_t* bytes);
   // Values as fixed point, held in float.
   void (*fix)(const float* values, int64_t n, float inverse_scale, float* out);
   void (*half_sweep)(const HalfSweep&, int64_t tile, int64_t row_begin, int64_t row_end);
@@ -104,6 +112,8 @@ struct Kernels {
 extern const Kernels kPlainKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;
+extern const Kernels kAmxEmulatedKernels;
 
 // The table of that name, or null where it was not built or this processor cannot run it.
 const Kernels* kernels_named(const char* name);

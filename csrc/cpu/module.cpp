@@ -86,7 +86,7 @@ py::tuple philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t ke
 
 py::list instruction_sets() {
   py::list names;
-  for (const char* name : {"avx512", "avx2", "plain"}) {
+  for (const char* name : {"avx512", "avx2", "plain", "amx", "amx_emulated"}) {
     if (kernels_named(name)) names.append(name);
   }
   return names;
@@ -102,6 +102,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("cd_step", &py_cd_step);
   m.def("use", &use, "Use the instruction set of that name; the widest for ''.");
   m.def("in_use", [] { return g_kernels->name; });
-  m.def("instruction_sets", &instruction_sets, "Names of those that were built and run here, widest first.");
+  m.def("instruction_sets", &instruction_sets, "Names of those that were built and run here, the default first.");
   m.def("philox4x32", &philox);
 }

@@ -111,12 +111,38 @@ int choose_group(int64_t rows) {
   return best;
 }
 
+namespace {
+
+void allocate_bytes(OwnedOperand& out) {
+  Operand& a = out.operand;
+  a.bytes_stride = (a.K + 63) / 64 * 64;
+  if (!out.bytes) out.bytes = Buffer<uint8_t>((a.rows + 32) * a.bytes_stride);
+  a.bytes = out.bytes.get();
+}
+
+void expand_row(const uint8_t* bits, int64_t row, const Call& call, OwnedOperand& out) {
+  const int64_t stride = out.operand.bytes_stride, written = (out.operand.K + kTile - 1) / kTile * kTile;
+  uint8_t* bytes = out.bytes.get() + row * stride;
+  call.kernels->expand_bits(bits, out.operand.K, bytes);
+  std::memset(bytes + written, 0, static_cast<size_t>(stride - written));
+}
+
+}  // namespace
+
 bool make_operand(const States& states, const float* factor, const Call& call, OwnedOperand& out) {
   out.operand = Operand{};
   out.operand.rows = states.rows;
   out.operand.K = states.units;
   const int64_t rows = states.rows, K = states.units;
   const int threads = call.threads_for(rows * K / 4);
+  out.operand.digits = call.limbs;
+  if (states.binary() && !factor && call.kernels->binary_as_bytes) {
+    allocate_bytes(out);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t m = 0; m < rows; ++m)
+      expand_row(states.bits.get() + m * states.stride, m, call, out);
+    return true;
+  }
   if (states.binary() && !factor) {
     const int group = choose_group(rows);
     const int64_t n_groups = (K + group - 1) / group;
@@ -157,6 +183,7 @@ OwnedOperand make_transposed(const States& states, bool real, float scale, const
   const int64_t units = states.units, rows = states.rows;
   out.operand.rows = units + 1;
   out.operand.K = rows;
+  out.operand.digits = call.limbs;
   const int threads = call.threads_for(rows * units / 4);
   if (real) {
     out.fixed = Buffer<float>((units + 1) * rows);
@@ -181,10 +208,14 @@ OwnedOperand make_transposed(const States& states, bool real, float scale, const
   }
   const int group = choose_group(units + 1);
   const int64_t n_groups = (rows + group - 1) / group;
-  out.operand.n_groups = n_groups;
-  out.operand.group = group;
-  out.groups = Buffer<uint16_t>((units + 1) * n_groups);
-  out.operand.groups = out.groups.get();
+  if (call.kernels->binary_as_bytes) {
+    allocate_bytes(out);
+  } else {
+    out.operand.n_groups = n_groups;
+    out.operand.group = group;
+    out.groups = Buffer<uint16_t>((units + 1) * n_groups);
+    out.operand.groups = out.groups.get();
+  }
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     // Eight units at a time: their states over the whole batch as eight packed lines.
@@ -208,7 +239,11 @@ OwnedOperand make_transposed(const States& states, bool real, float scale, const
       for (int64_t i = 0; i < count; ++i) {
         uint8_t* line = lines.get() + i * (line_bytes + 8);
         std::memset(line + line_bytes, 0, 8);
-        call.kernels->group_offsets(line, n_groups, group, out.groups.get() + (first + i) * n_groups);
+        if (call.kernels->binary_as_bytes) {
+          expand_row(line, first + i, call, out);
+        } else {
+          call.kernels->group_offsets(line, n_groups, group, out.groups.get() + (first + i) * n_groups);
+        }
         if (first + i == units) continue;
         int64_t ones = 0;
         for (int64_t w = 0; w < line_bytes; w += 8) {

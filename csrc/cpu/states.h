@@ -85,6 +85,7 @@ int choose_group(int64_t rows);
 struct OwnedOperand {
   Operand operand{};
   Buffer<uint16_t> groups;
+  Buffer<uint8_t> bytes;
   Buffer<float> fixed, row_scale;
 };
 // states (times factor [units], if given) for a half-sweep. False if some product is not finite.
