@@ -41,7 +41,7 @@ def resolve(
                 f"{name}: a seed tensor must be int64 [2] on {device}, "
                 f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
             )
-        return seed
+        return seed.contiguous()
     pair = (seed, 0) if isinstance(seed, int) else seed
     if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(i, int) for i in pair)):
         raise TypeError(
