@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -38,11 +38,31 @@ def _backends() -> list[Any]:
     return params
 
 
+CPU_RUNS = unavailable("cpu") is None
 BACKENDS = _backends()
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-needs_cpu = pytest.mark.skipif(
-    unavailable("cpu") is not None, reason=f"cpu backend: {unavailable('cpu')}"
-)
+needs_cpu = pytest.mark.skipif(not CPU_RUNS, reason=f"cpu backend: {unavailable('cpu')}")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from a second thread, and lose much where the cores are shared.
+
+    Autouse in the modules that import it; test_bitwise.py compares thread counts.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def draws(n: int, backend: str) -> int:
+    """How many chains a statistical test takes: n, or a sixth on the plain PyTorch backend.
+
+    The reference is an order of magnitude slower, and test_bitwise.py shows that it draws what cpu
+    draws; where there is no cpu backend it does all the work itself.
+    """
+    return n // 6 // 12 * 12 if backend == "reference" and CPU_RUNS else n
 
 
 def assert_chi_square(counts: Tensor, p: Tensor, min_expected: float = 20.0) -> None:

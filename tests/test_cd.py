@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 from enumeration import Exact, ExactGaussian, small_bernoulli, small_gaussian
-from support import SIGMAS, binary, each_backend, fp32, normal, same
+from support import (  # noqa: F401
+    SIGMAS,
+    binary,
+    draws,
+    each_backend,
+    fp32,
+    normal,
+    one_thread,
+    same,
+)
 from torch import Tensor
 
 import rbm_kernels as rk
@@ -71,7 +80,7 @@ DATA = torch.tensor(
 def test_mean_of_the_estimate_is_its_expectation(backend: str, k: int) -> None:
     model = small_bernoulli(spread=1.2)
     W, b, c = parameters(model)
-    data = DATA.repeat(CHAINS // 4, 1)
+    data = DATA.repeat(draws(CHAINS, backend) // 4, 1)
     step = rk.cd_step(data, W, b, c, k, seed=k, backend=backend)
     exact = model.cd_gradient(DATA.double(), k)
     terms = bernoulli_terms(step.chains, W, c)
@@ -87,7 +96,7 @@ def test_many_sweeps_approach_the_likelihood_gradient(backend: str) -> None:
     model = small_bernoulli()
     W, b, c = parameters(model)
     step = rk.cd_step(
-        DATA, W, b, c, 14, chains=torch.zeros(60_000, 6), seed=1, backend=backend
+        DATA, W, b, c, 14, chains=torch.zeros(draws(60_000, backend), 6), seed=1, backend=backend
     )
     exact = model.nll_gradient(DATA.double())
     assert_within_spread(step, exact, bernoulli_terms(step.chains, W, c))
@@ -100,7 +109,7 @@ def test_persistent_chains_of_another_count(backend: str, k: int) -> None:
     model = small_bernoulli()
     W, b, c = parameters(model)
     start = torch.tensor([[0, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]).float()
-    chains = start.repeat(30_000, 1)
+    chains = start.repeat(draws(90_000, backend) // 3, 1)
     kept = chains.clone()
     step = rk.cd_step(DATA, W, b, c, k, chains=chains, seed=8, backend=backend)
     assert torch.equal(chains, kept), "the caller's chains were written"
@@ -115,7 +124,9 @@ def test_persistent_chains_of_another_count(backend: str, k: int) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("n", [(1, 1), (7, 3), (3, 64), (64, 64), (65, 130), (128, 100), (33, None)])
+@pytest.mark.parametrize(
+    "n", [(1, 1), (7, 3), (3, 64), (64, 64), (65, 130), (128, 100), (33, None)]
+)
 @pytest.mark.parametrize("size", [(30, 17), (64, 64), (5, 70), (100, 1)])
 @pytest.mark.parametrize("gaussian", [False, True])
 def test_statistics_are_those_of_the_returned_chains(
@@ -180,7 +191,14 @@ def test_gaussian_estimate_by_enumeration(backend: str, k: int) -> None:
     W, b, c, log_var = fp32(model.W, model.b, model.c, model.log_var)
     rows = torch.tensor([[1.5, -1.0], [0.2, 0.4], [-2.0, 1.0]])
     step = rk.cd_step(
-        rows.repeat(CHAINS // 3, 1), W, b, c, k, log_var=log_var, seed=k, backend=backend
+        rows.repeat(draws(CHAINS, backend) // 3, 1),
+        W,
+        b,
+        c,
+        k,
+        log_var=log_var,
+        seed=k,
+        backend=backend,
     )
     v, p = step.chains.double(), p_hidden(step.chains, W, c, log_var)
     vp = v[:, :, None] * p[:, None, :]
@@ -199,7 +217,15 @@ def test_gaussian_chains_approach_the_likelihood_gradient(backend: str) -> None:
     W, b, c, log_var = fp32(model.W, model.b, model.c, model.log_var)
     rows = normal(5, 3, seed=2)
     step = rk.cd_step(
-        rows, W, b, c, 24, chains=torch.zeros(40_000, 3), log_var=log_var, seed=3, backend=backend
+        rows,
+        W,
+        b,
+        c,
+        24,
+        chains=torch.zeros(draws(48_000, backend), 3),
+        log_var=log_var,
+        seed=3,
+        backend=backend,
     )
     v, p = step.chains.double(), p_hidden(step.chains, W, c, log_var)
     vp = v[:, :, None] * p[:, None, :]
@@ -375,9 +401,7 @@ def test_loss_accumulates_over_micro_batches(backend: str) -> None:
     params = [t.requires_grad_() for t in (normal(20, 10), normal(20), normal(10))]
     v = binary(8, 20)
     for rows in (slice(0, 4), slice(4, 8)):
-        loss = rk.cd_loss(
-            v[rows], *params, 1, seed=0, chain_offset=rows.start, backend=backend
-        )
+        loss = rk.cd_loss(v[rows], *params, 1, seed=0, chain_offset=rows.start, backend=backend)
         (loss / 2).backward()
     whole = rk.cd_step(v, *params, 1, seed=0, backend=backend)
     for p, grad in zip(params, whole[:3], strict=True):
@@ -389,7 +413,9 @@ def test_loss_under_an_optimizer_learns(backend: str) -> None:
     """Exact log-likelihood of four patterns rises far above the independent-pixels model."""
     patterns = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]]).float()
     data = patterns.repeat(32, 1)
-    W, b, c = (t.requires_grad_() for t in (normal(6, 5, scale=0.05), torch.zeros(6), torch.zeros(5)))
+    W, b, c = (
+        t.requires_grad_() for t in (normal(6, 5, scale=0.05), torch.zeros(6), torch.zeros(5))
+    )
     optimizer = torch.optim.SGD([W, b, c], lr=0.4)
     chains = binary(64, 6)
     for i in range(150):

@@ -12,7 +12,18 @@ from enumeration import (
     state_number,
 )
 from scipy import stats
-from support import P_VALUE, assert_chi_square, assert_mean, binary, each_backend, fp32, normal, same
+from support import (  # noqa: F401
+    P_VALUE,
+    assert_chi_square,
+    assert_mean,
+    binary,
+    draws,
+    each_backend,
+    fp32,
+    normal,
+    one_thread,
+    same,
+)
 from torch import Tensor
 
 import rbm_kernels as rk
@@ -20,7 +31,7 @@ import rbm_kernels as rk
 # Second eigenvalues of these models' sweeps are 0.1 to 0.4: a dozen sweeps from any start leave
 # less than 1e-5 of it.
 SWEEPS = 12
-CHAINS = 150_000
+CHAINS = 144_000
 
 
 def parameters(model: Exact | ExactGaussian) -> tuple[Tensor, ...]:
@@ -36,7 +47,7 @@ def counts_of(v: Tensor) -> Tensor:
 def test_k_sweeps_are_k_transitions(backend: str, k: int) -> None:
     """From one state, the exact distribution after k sweeps; k - 1 or k + 1 would be seen."""
     model, start = small_bernoulli(spread=1.2), 41
-    v0 = model.v_states[start].float().expand(CHAINS, -1)
+    v0 = model.v_states[start].float().expand(draws(CHAINS, backend), -1)
     v = rk.gibbs_sample(v0, *parameters(model), k, seed=k, backend=backend)
     T = model.v_transition()
     assert_chi_square(counts_of(v), torch.linalg.matrix_power(T, k)[start])
@@ -48,7 +59,7 @@ def test_k_sweeps_are_k_transitions(backend: str, k: int) -> None:
 def test_a_long_chain_reaches_the_model(backend: str) -> None:
     model = small_bernoulli()
     v = rk.gibbs_sample(
-        torch.zeros(80_000, 6), *parameters(model), SWEEPS, seed=3, backend=backend
+        torch.zeros(draws(84_000, backend), 6), *parameters(model), SWEEPS, seed=3, backend=backend
     )
     assert_chi_square(counts_of(v), model.p_v())
 
@@ -58,7 +69,7 @@ def test_one_chain_along_its_time(backend: str) -> None:
     """A few chains over many calls with one seed tensor: time averages, thinned to independence."""
     model = small_bernoulli(spread=0.4)
     W, b, c = parameters(model)
-    seed, v = torch.tensor([7, 0]), torch.zeros(250, 6)
+    seed, v = torch.tensor([7, 0]), torch.zeros(draws(300, backend), 6)
     counts = torch.zeros(64, dtype=torch.int64)
     for _ in range(80):
         v = rk.gibbs_sample(v, W, b, c, 5, seed=seed, backend=backend)
@@ -71,7 +82,7 @@ def test_one_chain_along_its_time(backend: str) -> None:
 def test_beta_of_each_chain(backend: str) -> None:
     model = small_bernoulli()
     betas = torch.tensor([0.0, 0.3, 1.0, 2.0])
-    beta = betas.repeat(50_000)
+    beta = betas.repeat(draws(48_000, backend))
     start = model.v_states[9].float().expand(beta.numel(), -1)
     v = rk.gibbs_sample(start, *parameters(model), 2, beta=beta, seed=5, backend=backend)
     for i, value in enumerate(betas.tolist()):
@@ -117,7 +128,7 @@ VALUES = torch.tensor([1.0, 0, 0, 0, 0, 0])
 @pytest.mark.parametrize("form", ["mask", "mask of each chain", "mask and values"])
 def test_clamped_sampling_from_the_conditional(backend: str, form: str) -> None:
     model = small_bernoulli()
-    n = 40_000
+    n = draws(48_000, backend)
     mask = MASK.expand(n, -1) if form == "mask of each chain" else MASK
     if form == "mask and values":  # the start disagrees with the values on both clamped units
         v0 = torch.tensor([0.0, 1, 1, 1, 0, 1]).expand(n, -1)
@@ -136,7 +147,7 @@ def test_clamped_sampling_from_the_conditional(backend: str, form: str) -> None:
 @each_backend
 def test_masks_that_differ_between_chains(backend: str) -> None:
     model = small_bernoulli()
-    n = 60_000
+    n = draws(72_000, backend)
     masks = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]]).bool()
     values = torch.tensor([[0.0, 1, 0, 0, 0, 0], [1.0, 1, 1, 0, 1, 0], [1.0, 0, 0, 1, 1, 1]])
     which = torch.arange(n) % 3
@@ -180,7 +191,7 @@ def test_clamped_units_keep_their_value(backend: str, gaussian: bool) -> None:
 def test_clamped_grey_values_are_kept(backend: str) -> None:
     """In-painting: clamped pixels are grey, free ones binary; the condition is on the grey."""
     model = small_bernoulli()
-    n, mask = 100_000, torch.tensor([1, 1, 1, 1, 1, 0]).bool()
+    n, mask = draws(96_000, backend), torch.tensor([1, 1, 1, 1, 1, 0]).bool()
     v = torch.tensor([0.25, 0.9, 0.5, 0.1, 0.7, 0.0]).expand(n, -1)
     out = rk.gibbs_sample(v, *parameters(model), 1, clamp=mask, seed=1, backend=backend)
     assert torch.equal(out[:, :5], v[:, :5])
@@ -199,7 +210,15 @@ def test_gaussian_chains(backend: str, k: int, beta: float) -> None:
     W, b, c, log_var = fp32(model.W, model.b, model.c, model.log_var)
     v0 = torch.tensor([[1.5, -1.0]])
     v = rk.gibbs_sample(
-        v0.expand(CHAINS, -1), W, b, c, k, log_var=log_var, beta=beta, seed=4, backend=backend
+        v0.expand(draws(CHAINS, backend), -1),
+        W,
+        b,
+        c,
+        k,
+        log_var=log_var,
+        beta=beta,
+        seed=4,
+        backend=backend,
     ).double()
     p_h = model.p_h_from(v0.double()) @ torch.linalg.matrix_power(model.hidden_transition(), k - 1)
     mean, second = model.v_moments(p_h)
@@ -209,8 +228,8 @@ def test_gaussian_chains(backend: str, k: int, beta: float) -> None:
     for unit in range(2):
         centres = model.means()[:, unit].numpy()
 
-        def cdf(x, centres=centres, s=std[unit].item()):  # type: ignore[no-untyped-def]
-            return stats.norm.cdf((x[:, None] - centres) / s) @ p_h.numpy()
+        def cdf(x, centres=centres, s=std[unit]):  # type: ignore[no-untyped-def]
+            return stats.norm.cdf((x[:, None] - centres) / s.item()) @ p_h.numpy()
 
         assert stats.kstest(v[:, unit].numpy(), cdf).pvalue > P_VALUE
 
@@ -219,7 +238,7 @@ def test_gaussian_chains(backend: str, k: int, beta: float) -> None:
 def test_gaussian_clamped_sampling(backend: str) -> None:
     model = small_gaussian(3, 3, spread=0.5)
     W, b, c, log_var = fp32(model.W, model.b, model.c, model.log_var)
-    n, mask = 50_000, torch.tensor([False, True, False])
+    n, mask = draws(48_000, backend), torch.tensor([False, True, False])
     v = torch.tensor([0.0, 1.25, 0.0]).expand(n, -1)
     out = rk.gibbs_sample(
         v, W, b, c, 16, log_var=log_var, clamp=mask, seed=4, backend=backend

@@ -9,7 +9,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import binary, each_backend, normal, raises, same
+from support import (  # noqa: F401
+    binary,
+    each_backend,
+    normal,
+    one_thread,
+    raises,
+    same,
+)
 from torch import Tensor
 
 import rbm_kernels as rk
@@ -131,7 +138,10 @@ def test_empty_batches_of_samplers(backend: str) -> None:
     assert v.shape == p.shape == (0, 7)
     assert rk.gibbs_sample(none, W, b, c, 2, **common).shape == (0, 7)
     mask = torch.ones(7).bool()
-    assert rk.gibbs_sample(none, W, b, c, 2, clamp=mask, beta=torch.ones(0), **common).shape == (0, 7)
+    assert rk.gibbs_sample(none, W, b, c, 2, clamp=mask, beta=torch.ones(0), **common).shape == (
+        0,
+        7,
+    )
     assert rk.free_energy(none, W, b, c, backend=backend).shape == (0,)
 
 
@@ -200,7 +210,8 @@ def with_value(t: Tensor, value: float) -> Tensor:
 META = torch.device("meta")
 BAD: list[tuple[str, type[Exception], list[str], list[tuple[str, dict[str, Any]]]]] = [
     # what is wrong, error, words of the message, calls
-    ("W transposed", ValueError, ["W must be [V, H] = [7, 5], got [5, 7]"], everywhere("W", W=normal(5, 7))),
+    ("W transposed", ValueError, ["W must be [V, H] = [7, 5], got [5, 7]"],
+     everywhere("W", W=normal(5, 7))),
     ("W a vector", ValueError, ["W", "[7]"], everywhere("W", W=normal(7))),
     ("W 3-d", ValueError, ["W", "[1, 7, 5]"], everywhere("W", W=normal(1, 7, 5))),
     ("W integer", TypeError, ["W", "int64"], everywhere("W", W=torch.ones(7, 5).long())),
@@ -219,7 +230,8 @@ BAD: list[tuple[str, type[Exception], list[str], list[tuple[str, dict[str, Any]]
     ("b double", TypeError, ["b", "float64", "float32"], everywhere("b", b=normal(7).double())),
     ("c short", ValueError, ["c", "[5]", "[1]"], everywhere("c", c=normal(1))),
     ("c half", TypeError, ["c", "float16"], everywhere("c", c=normal(5).half())),
-    ("log_var short", ValueError, ["log_var", "[7]", "[5]"], everywhere("log_var", log_var=normal(5))),
+    ("log_var short", ValueError, ["log_var", "[7]", "[5]"],
+     everywhere("log_var", log_var=normal(5))),
     ("log_var a number", TypeError, ["log_var"], everywhere("log_var", log_var=0.0)),
     ("v on meta", ValueError, ["v", "meta"], everywhere("v", v=torch.zeros(4, 7, device=META))),
     ("W on meta", ValueError, ["W", "meta"], everywhere("W", W=torch.zeros(7, 5, device=META))),
@@ -258,14 +270,16 @@ BAD: list[tuple[str, type[Exception], list[str], list[tuple[str, dict[str, Any]]
      everywhere("out_dtype", out_dtype=torch.int64)),
     ("empty data", ValueError, ["v", "[0, 7]"],
      [(n, {"v": torch.zeros(0, 7)}) for n in ("cd_step", "cd_loss")]),
-    ("empty chains", ValueError, ["chains", "[0, 7]"], everywhere("chains", chains=torch.zeros(0, 7))),
+    ("empty chains", ValueError, ["chains", "[0, 7]"],
+     everywhere("chains", chains=torch.zeros(0, 7))),
     ("chains too wide", ValueError, ["chains", "7", "[4, 8]"],
      everywhere("chains", chains=binary(4, 8))),
     ("chains int64", TypeError, ["chains", "int64"],
      everywhere("chains", chains=binary(4, 7).long())),
     ("chains NaN", ValueError, ["chains", "finite"],
      everywhere("chains", chains=with_value(binary(4, 7), NAN))),
-    ("clamp a float mask", TypeError, ["clamp", "float32"], everywhere("clamp", clamp=torch.ones(7))),
+    ("clamp a float mask", TypeError, ["clamp", "float32"],
+     everywhere("clamp", clamp=torch.ones(7))),
     ("clamp of hidden units", ValueError, ["clamp", "[5]"],
      everywhere("clamp", clamp=torch.ones(5).bool())),
     ("clamp values too short", ValueError, ["clamp", "[5]"],

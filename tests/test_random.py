@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from support import P_VALUE, binary, each_backend, normal, same
+from support import (  # noqa: F401
+    P_VALUE,
+    binary,
+    each_backend,
+    normal,
+    one_thread,
+    same,
+)
 from torch import Tensor
 
 import rbm_kernels as rk
@@ -77,7 +84,9 @@ def test_random_words_follow_the_contract(seed: int, offset: int, chain: int) ->
     chains = torch.tensor([chain, (chain + 1) % 2**32])
     got = arithmetic.random_words(torch.tensor([seed, offset]), 3, chains, 11)
     for row in range(2):
-        expected = words_of(seed % 2**64, offset + 3, range(int(chains[row]), int(chains[row]) + 1), 11)
+        expected = words_of(
+            seed % 2**64, offset + 3, range(int(chains[row]), int(chains[row]) + 1), 11
+        )
         assert got[row].tolist() == expected[0].tolist()
 
 
@@ -87,7 +96,9 @@ def test_philox_known_answers_of_the_package() -> None:
     assert tuple(zero[0].tolist()) == KNOWN[0][2]
     # Counter words 2 and 3 all ones: a step of 56 ones, and stream 255.
     top = torch.tensor([-1, 2**56 - 1])
-    blocks = 2  # unit // 4 cannot reach 2^32 - 1 here, so word 0 is compared with this file's Philox
+    blocks = (
+        2  # unit // 4 cannot reach 2^32 - 1 here, so word 0 is compared with this file's Philox
+    )
     got = arithmetic.random_words(top, 0, torch.tensor([2**32 - 1]), 4 * blocks, stream=255)
     counter = np.array([[b, 2**32 - 1, 2**32 - 1, 2**32 - 1] for b in range(blocks)], np.uint64)
     assert got[0].tolist() == philox(counter, (2**32 - 1, 2**32 - 1)).flatten().tolist()
@@ -160,7 +171,7 @@ def test_uniforms_are_uniform(words: Tensor) -> None:
 
 
 def test_neighbours_are_independent(words: Tensor) -> None:
-    """Pairs across units of one counter, counters, chains, half-sweeps and seeds, on a 32x32 grid."""
+    """Pairs across units, counters, chains, half-sweeps and seeds, on a 32 by 32 grid."""
     chains = torch.arange(4096)
     later = arithmetic.random_words(torch.tensor([2024, 0]), 1, chains, 256)
     other = arithmetic.random_words(torch.tensor([2025, 0]), 0, chains, 256)
@@ -191,7 +202,9 @@ def test_normals(words: Tensor) -> None:
 
 
 def test_normals_at_the_ends_of_the_words() -> None:
-    ends = torch.tensor([0, 1, 255, 256, 2**30, 2**31 - 1, 2**31, 3 * 2**30, 2**32 - 256, 2**32 - 1])
+    ends = torch.tensor(
+        [0, 1, 255, 256, 2**30, 2**31 - 1, 2**31, 3 * 2**30, 2**32 - 256, 2**32 - 1]
+    )
     pairs = torch.cartesian_prod(ends, ends)
     z = arithmetic.normal(pairs)
     assert torch.isfinite(z).all()

@@ -6,22 +6,24 @@ import pytest
 import torch
 from enumeration import Exact, ExactGaussian, small_bernoulli, small_gaussian, state_number
 from scipy import stats
-from support import (
+from support import (  # noqa: F401
     P_VALUE,
     assert_chi_square,
     assert_mean,
     binary,
+    draws,
     each_backend,
     fp32,
     normal,
+    one_thread,
     same,
 )
 from torch import Tensor
 
 import rbm_kernels as rk
 
-# At 250,000 draws, five standard errors of a fair coin are 1% of its probability.
-DRAWS = 250_000
+# At 252,000 draws, five standard errors of a fair coin are 1% of its probability.
+DRAWS = 252_000
 STATES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.bool)
 
 
@@ -45,8 +47,10 @@ def test_hidden_states_follow_the_conditional(backend: str, beta: float) -> None
     W, c = fp32(model.W, model.c)
     for row in (0, 21, 63):
         v = model.v_states[row].float()
-        h = rk.sample_hidden(v.expand(DRAWS, -1), W, c, beta=beta, seed=row, backend=backend)
-        assert h.shape == (DRAWS, 5) and h.dtype == torch.float32
+        h = rk.sample_hidden(
+            v.expand(draws(DRAWS, backend), -1), W, c, beta=beta, seed=row, backend=backend
+        )
+        assert h.shape == (draws(DRAWS, backend), 5) and h.dtype == torch.float32
         assert_bernoulli(h, model.p_h_given_v()[row], model.mean_h_given_v()[row])
 
 
@@ -57,8 +61,10 @@ def test_visible_states_follow_the_conditional(backend: str, beta: float) -> Non
     W, b = fp32(model.W, model.b)
     for row in (0, 13, 31):
         h = model.h_states[row].float()
-        v = rk.sample_visible(h.expand(DRAWS, -1), W, b, beta=beta, seed=row, backend=backend)
-        assert v.shape == (DRAWS, 6) and v.dtype == torch.float32
+        v = rk.sample_visible(
+            h.expand(draws(DRAWS, backend), -1), W, b, beta=beta, seed=row, backend=backend
+        )
+        assert v.shape == (draws(DRAWS, backend), 6) and v.dtype == torch.float32
         assert_bernoulli(v, model.p_v_given_h()[row], model.mean_v_given_h()[row])
 
 
@@ -104,7 +110,7 @@ def test_probabilities_of_larger_models(
 @each_backend
 def test_every_unit_of_a_wide_layer_draws_alone(backend: str) -> None:
     """37 units cover vector tails; a lane that reused random words would correlate two units."""
-    n, p = 60_000, torch.linspace(0.02, 0.98, 37).double()
+    n, p = draws(60_000, backend), torch.linspace(0.02, 0.98, 37).double()
     c, W = logit(p).float(), torch.zeros(3, 37)
     h = rk.sample_hidden(torch.zeros(n, 3), W, c, seed=5, backend=backend).double()
     z = (h.mean(0) - p) * (n / (p * (1 - p))).sqrt()
@@ -128,8 +134,8 @@ def test_hidden_states_of_gaussian_data(backend: str, beta: float) -> None:
     mean = model.mean_h_given_v(v.double())
     for row in range(3):
         h, p = rk.sample_hidden(
-            v[row].expand(DRAWS, -1), W, c, log_var=log_var, beta=beta, return_probs=True,
-            seed=row, backend=backend,
+            v[row].expand(draws(DRAWS, backend), -1), W, c, log_var=log_var, beta=beta,
+            return_probs=True, seed=row, backend=backend,
         )  # fmt: skip
         torch.testing.assert_close(p[0].double(), mean[row], rtol=0, atol=3e-6)
         p_states = (-beta * model.energy(v[row : row + 1].double(), model.h_states)).softmax(1)[0]
@@ -142,7 +148,7 @@ def test_gaussian_visible_units_agree_with_their_energy(backend: str, beta: floa
     model = small_gaussian(5, 4, beta=beta)
     W, b, log_var = fp32(model.W, model.b, model.log_var)
     for row in (0, 11):
-        h = model.h_states[row].float().expand(DRAWS, -1)
+        h = model.h_states[row].float().expand(draws(DRAWS, backend), -1)
         v, mean = rk.sample_visible(
             h, W, b, log_var=log_var, beta=beta, return_probs=True, seed=row, backend=backend
         )
@@ -154,7 +160,9 @@ def test_gaussian_visible_units_agree_with_their_energy(backend: str, beta: floa
         assert_mean(noise**4, torch.full((5,), 3.0))
         products = noise[:, :, None] * noise[:, None, :]
         assert_mean(products, torch.eye(5))
-        assert_mean((noise**2)[:, :, None] * (noise**2)[:, None, :], torch.ones(5, 5) + 2 * torch.eye(5))
+        assert_mean(
+            (noise**2)[:, :, None] * (noise**2)[:, None, :], torch.ones(5, 5) + 2 * torch.eye(5)
+        )
         for unit in range(5):
             p_value = stats.kstest(noise[:, unit].numpy(), "norm").pvalue
             assert p_value > P_VALUE
@@ -204,7 +212,7 @@ def test_grey_data(backend: str) -> None:
     _, p = rk.sample_hidden(v, W, c, return_probs=True, seed=0, backend=backend)
     expected = torch.sigmoid(v.double() @ W.double() + c.double())
     torch.testing.assert_close(p.double(), expected, rtol=0, atol=3e-6)
-    row = v[7].expand(100_000, -1)
+    row = v[7].expand(draws(96_000, backend), -1)
     h = rk.sample_hidden(row, W, c, seed=1, backend=backend)
     q = expected[7]
     z = (h.double().mean(0) - q) * (row.shape[0] / (q * (1 - q))).sqrt()
@@ -242,7 +250,9 @@ def test_small_weights_beside_a_large_one(backend: str) -> None:
     W = normal(30, 20, scale=0.05)
     W[3, 4] = 5.0
     v, c = binary(64, 30, seed=2), normal(20, seed=3)
-    _, p = rk.sample_hidden(v, W, c, return_probs=True, seed=0, backend=backend, precision="highest")
+    _, p = rk.sample_hidden(
+        v, W, c, return_probs=True, seed=0, backend=backend, precision="highest"
+    )
     expected = torch.sigmoid(v.double() @ W.double() + c.double())
     torch.testing.assert_close(p.double(), expected, rtol=0, atol=0.25 * 30 * 5 * 2**-23 + 3e-7)
 
@@ -253,7 +263,9 @@ def test_tempering_is_not_a_rescaled_free_energy(backend: str) -> None:
     beta, model = 0.5, small_bernoulli()
     tempered = Exact(model.W, model.b, model.c, beta)
     W, b, c = fp32(model.W, model.b, model.c)
-    v = rk.gibbs_sample(torch.zeros(100_000, 6), W, b, c, 8, beta=beta, seed=1, backend=backend)
+    v = rk.gibbs_sample(
+        torch.zeros(draws(96_000, backend), 6), W, b, c, 8, beta=beta, seed=1, backend=backend
+    )
     counts = torch.bincount(state_number(v), minlength=64)
     assert_chi_square(counts, tempered.p_v())
     with pytest.raises(AssertionError):
