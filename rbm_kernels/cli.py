@@ -155,8 +155,8 @@ def _add_train(commands: Any) -> None:
     add("--held-out", type=float, default=0.1, help="share of the data that is not trained on")
     add("--threshold", type=float, default=0.5, help="a pixel is on from this value in [0, 1] up")
     add("--grey", action="store_true", help="train on the grey values, taken as probabilities")
-    add("--ais-chains", type=int, default=128, help="for the log-likelihood's estimate")
-    add("--ais-betas", type=int, default=2000, help="temperatures of that estimate")
+    add("--ais-chains", type=int, default=256, help="for the log-likelihood's estimate")
+    add("--ais-betas", type=int, default=1000, help="temperatures of that estimate")
     add("--no-plots", action="store_true", help="write no pictures")
     _add_backend(parser)
 
@@ -432,7 +432,10 @@ def _describe(result: Evaluation) -> str:
         f"{result.independent:.2f}",
     ]
     if estimate is not None and estimate.effective_sample_size < 10:
-        lines.append("  few chains carry the estimate: raise --ais-betas to trust it")
+        lines.append(
+            "  few chains carry the estimate, which may be nats too high: more --ais-chains and "
+            "--ais-betas tell"
+        )
     return "\n".join(lines)
 
 

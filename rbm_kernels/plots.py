@@ -73,7 +73,7 @@ def reconstructions(
             blank = part.new_full((per_row - part.shape[0], part.shape[1]), math.nan)
             rows.append(torch.cat([part, blank]))
     image = _tile(torch.cat(rows), image_shape, math.nan, columns=per_row)
-    title = "held-out digits (upper rows) and their reconstructions"
+    title = "held-out images (upper rows) and their reconstructions"
     return _show(image, title, cmap="Greys", vmin=0, vmax=1)
 
 

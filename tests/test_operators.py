@@ -204,6 +204,22 @@ def test_functional_transforms_see_the_operator(backend: str) -> None:
 
 
 @each_backend
+def test_tracing_leaves_nothing_behind(backend: str) -> None:
+    """No fake tensor of a trace stays in a cache to be met by the next real call."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    v, W, b, c = binary(4, 9), normal(9, 4), normal(9), normal(4)
+    for seed in (torch.tensor([1, 2]), 31, (5, 77)):
+        tensors = (v, W, b, c) + ((seed,) if isinstance(seed, Tensor) else ())
+
+        def call(v: Tensor, W: Tensor, b: Tensor, c: Tensor, s: Any = seed) -> Tensor:
+            return rk.gibbs_sample(v, W, b, c, 7, seed=s, backend=backend)
+
+        make_fx(call, tracing_mode="fake")(*tensors)
+        assert type(call(*tensors)) is Tensor
+
+
+@each_backend
 @pytest.mark.parametrize("beta", [1.0, 0.6, None])
 @pytest.mark.parametrize("gaussian", [False, True])
 def test_gradient_of_probabilities(backend: str, gaussian: bool, beta: float | None) -> None:

@@ -1,8 +1,8 @@
-// Products with a binary left operand on AMX tiles: u8 states by the bytes of the weights, each byte
-// position summed in int32 and the positions put together exactly.
+// Products with a binary left operand on AMX tiles: u8 states by the bytes of the weights, each
+// byte position summed in int32 and the positions put together exactly.
 //
-// Compiled with RBM_ISA_AMX_EMULATED, the six tile instructions are plain loops, so that a processor
-// without AMX runs and tests everything else here.
+// Compiled with RBM_ISA_AMX_EMULATED, the six tile instructions are plain loops, so that a
+// processor without AMX runs and tests everything else here.
 #pragma once
 
 #include "rows.h"
@@ -14,8 +14,9 @@ constexpr bool kBinaryAsBytes = true;
 constexpr int64_t kPanelRows = 1024;  // rows of the right operand packed at a time
 
 struct BinaryScratch {
-  alignas(64) uint8_t panel[3][kPanelRows / 4][64];  // byte position, group of four rows, column and row
-  alignas(64) int32_t sums[3][2][16 * kTile];        // byte position, block of sixteen chains
+  alignas(64)
+      uint8_t panel[3][kPanelRows / 4][64];    // byte position, group of four rows, column and row
+  alignas(64) int32_t sums[3][2][16 * kTile];  // byte position, block of sixteen chains
 };
 
 #ifdef RBM_ISA_AMX_EMULATED
@@ -27,7 +28,8 @@ void configure_tiles() {}
 void release_tiles() {}
 template <int t> void tile_zero() { std::memset(&tiles[t], 0, sizeof(Tile)); }
 template <int t> void tile_load(const void* p, int64_t stride) {
-  for (int i = 0; i < 16; ++i) std::memcpy(tiles[t].row[i], static_cast<const char*>(p) + i * stride, 64);
+  for (int i = 0; i < 16; ++i)
+    std::memcpy(tiles[t].row[i], static_cast<const char*>(p) + i * stride, 64);
 }
 template <int t> void tile_store(void* p) { std::memcpy(p, &tiles[t], sizeof(Tile)); }
 template <int c, int a, int b, bool signed_bytes> void tile_multiply() {
@@ -99,9 +101,9 @@ void multiply_block(const uint8_t* states, int64_t stride, int64_t depth, const 
   }
 }
 
-template <int bytes, class Rows>
-void binary_product(const Operand& a, const Rows& rows, int64_t begin, int64_t end, BinaryScratch& s, int32_t* sums,
-                    double* totals, double weight) {
+template <int bytes, class Rows> void binary_product(const Operand& a, const Rows& rows,
+                                                     int64_t begin, int64_t end, BinaryScratch& s,
+                                                     int32_t* sums, double* totals, double weight) {
   RowReader<Rows> reader(rows, a.K);
   const int64_t count = end - begin;
   const D8 w = splat(weight), w1 = splat(256.0 * weight), w2 = splat(65536.0 * weight);
@@ -136,7 +138,8 @@ void binary_product(const Operand& a, const Rows& rows, int64_t begin, int64_t e
       }
       for (int64_t i = 0; i < 32 && m + i < count; ++i) {
         I16 part[3];
-        for (int byte = 0; byte < bytes; ++byte) part[byte] = load(s.sums[byte][i / 16] + i % 16 * kTile);
+        for (int byte = 0; byte < bytes; ++byte)
+          part[byte] = load(s.sums[byte][i / 16] + i % 16 * kTile);
         if (!totals) {
           I16 sum = add(part[0], shift_left<8>(part[1]));
           if constexpr (bytes == 3) sum = add(sum, shift_left<16>(part[2]));
@@ -166,9 +169,9 @@ void binary_product(const Operand& a, const Rows& rows, int64_t begin, int64_t e
 }
 
 // sums (or totals, where there are any) += binary operand @ rows. `sums` is overwritten.
-template <class Rows>
-void binary_product(const Operand& a, const Rows& rows, int64_t begin, int64_t end, BinaryScratch& s, int32_t* sums,
-                    double* totals, double weight) {
+template <class Rows> void binary_product(const Operand& a, const Rows& rows, int64_t begin,
+                                          int64_t end, BinaryScratch& s, int32_t* sums,
+                                          double* totals, double weight) {
   if (a.K == 0) clear(sums, end - begin);
   if (a.digits == 3) {
     binary_product<3>(a, rows, begin, end, s, sums, totals, weight);

@@ -32,8 +32,9 @@ struct Statistics {
     if (model.gaussian()) {
       for (int64_t m = 0; m < rows; ++m) {
         for (int64_t i = 0; i < V; ++i) {
-          const double x = states.binary() ? states.bits.get()[m * states.stride + i / 8] >> (i % 8) & 1
-                                           : states.real.get()[m * V + i];
+          const double x = states.binary()
+                               ? states.bits.get()[m * states.stride + i / 8] >> (i % 8) & 1
+                               : states.real.get()[m * V + i];
           energy += (x - model.b[i]) * (x - model.b[i]) * model.precision.get()[i] / 2;
         }
       }
@@ -52,8 +53,8 @@ uint32_t largest_state(const States& states, const Call& call) {
 
 }  // namespace
 
-int cd_step(const Input& v, const Matrix& W, const float* b, const float* c, int64_t k, const Input* chains,
-            const float* log_var, const CdOutput& out, const Call& call) {
+int cd_step(const Input& v, const Matrix& W, const float* b, const float* c, int64_t k,
+            const Input* chains, const float* log_var, const CdOutput& out, const Call& call) {
   const int64_t V = W.rows, H = W.cols, n_data = v.rows, n_chain = chains ? chains->rows : v.rows;
   const float one = 1.0f;
   const Temperature temperature{&one, 0};
@@ -104,14 +105,20 @@ int cd_step(const Input& v, const Matrix& W, const float* b, const float* c, int
 
   // Real states of either phase share one scale, so that both sums are integers of one unit.
   const bool real = !data.binary() || !chain.visible.binary();
-  const float scale = real ? scale_of(std::max(largest_state(data, call), largest_state(chain.visible, call)), call.limbs) : 1.0f;
+  const float scale =
+      real ? scale_of(std::max(largest_state(data, call), largest_state(chain.visible, call)),
+                      call.limbs)
+           : 1.0f;
   positive.visible = make_transposed(data, real, scale, call, positive.counts.get());
   negative.visible = make_transposed(chain.visible, real, scale, call, negative.counts.get());
   const int64_t common = std::lcm(n_data, n_chain);
-  const double weight_data = static_cast<double>(common / n_data), weight_chain = static_cast<double>(common / n_chain);
+  const double weight_data = static_cast<double>(common / n_data),
+               weight_chain = static_cast<double>(common / n_chain);
   Gradient g{};
-  g.phase[0] = Phase{positive.visible.operand, positive.hidden.get(), positive.stride, -weight_data};
-  g.phase[1] = Phase{negative.visible.operand, negative.hidden.get(), negative.stride, weight_chain};
+  g.phase[0] =
+      Phase{positive.visible.operand, positive.hidden.get(), positive.stride, -weight_data};
+  g.phase[1] =
+      Phase{negative.visible.operand, negative.hidden.get(), negative.stride, weight_chain};
   g.n_visible = V;
   g.n_hidden = H;
   g.bias_unit = static_cast<float>(1.0 / h.fixed_one / static_cast<double>(common));
@@ -123,7 +130,9 @@ int cd_step(const Input& v, const Matrix& W, const float* b, const float* c, int
   const int64_t tiles = (H + kTile - 1) / kTile, rows = V + 1;
   const int threads = call.threads_for(rows * H * ((n_data + n_chain) / 32 + 1) / 8);
   int64_t parts = 1;
-  if (tiles < 3 * threads) parts = std::max<int64_t>(1, std::min<int64_t>(3 * threads / std::max<int64_t>(tiles, 1) + 1, rows / 64));
+  if (tiles < 3 * threads)
+    parts = std::max<int64_t>(
+        1, std::min<int64_t>(3 * threads / std::max<int64_t>(tiles, 1) + 1, rows / 64));
   const int64_t part_rows = (rows + parts - 1) / parts;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < tiles * parts; ++task) {
@@ -131,7 +140,8 @@ int cd_step(const Input& v, const Matrix& W, const float* b, const float* c, int
     if (begin < end) call.kernels->gradient(g, task % tiles, begin, end);
   }
   for (int64_t i = 0; i < V; ++i) {
-    const double sum = negative.counts.get()[i] * weight_chain - positive.counts.get()[i] * weight_data;
+    const double sum =
+        negative.counts.get()[i] * weight_chain - positive.counts.get()[i] * weight_data;
     const float grad = static_cast<float>(sum / static_cast<double>(common));
     out.grad_b[i] = out.accumulate ? out.grad_b[i] + grad : grad;
   }

@@ -5,15 +5,16 @@
 
 namespace rbm {
 
-int free_energy(const Input& v, const Matrix& W, const float* b, const float* c, const float* log_var,
-                Temperature temperature, float* out, const Call& call) {
+int free_energy(const Input& v, const Matrix& W, const float* b, const float* c,
+                const float* log_var, Temperature temperature, float* out, const Call& call) {
   Model model;
   const int bad = model.prepare(W, b, c, log_var, call);
   if (bad) return bad;
   States states;
   OwnedOperand operand;
   if (!read_states(v, call, states)) return kStates;
-  if (!make_operand(states, log_var ? model.precision.get() : nullptr, call, operand)) return kStates;
+  if (!make_operand(states, log_var ? model.precision.get() : nullptr, call, operand))
+    return kStates;
   const int64_t tiles = (W.cols + kTile - 1) / kTile, V = W.rows;
   Buffer<double> partial(tiles * v.rows);
   HalfSweep h = model.half_sweep(Layer::hidden, temperature, call);

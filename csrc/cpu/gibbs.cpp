@@ -7,7 +7,9 @@ namespace rbm {
 
 bool Chain::sweep(int64_t index, bool hidden_drawn, const HalfSweep* clamp, Output last) {
   if (!hidden_drawn) {
-    if (!make_operand(visible, model.gaussian() ? model.precision.get() : nullptr, call, from_visible)) return false;
+    if (!make_operand(visible, model.gaussian() ? model.precision.get() : nullptr, call,
+                      from_visible))
+      return false;
     if (!hidden.binary()) hidden = States::packed(visible.rows, model.W.cols);
     HalfSweep h = model.half_sweep(Layer::hidden, temperature, call);
     h.given = from_visible.operand;
@@ -48,8 +50,9 @@ bool Chain::sweep(int64_t index, bool hidden_drawn, const HalfSweep* clamp, Outp
   return true;
 }
 
-int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c, int64_t k, const float* log_var,
-                 Temperature temperature, const Clamp& clamp, Output states, const Call& call) {
+int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c, int64_t k,
+                 const float* log_var, Temperature temperature, const Clamp& clamp, Output states,
+                 const Call& call) {
   Model model;
   const int bad = model.prepare(W, b, c, log_var, call);
   if (bad) return bad;
@@ -60,7 +63,8 @@ int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c
   HalfSweep held{};
   const int64_t V = W.rows;
   if (clamp.mask) {
-    const Input mask_input{nullptr, clamp.mask, clamp.mask_stride ? v.rows : 1, V, clamp.mask_stride};
+    const Input mask_input{nullptr, clamp.mask, clamp.mask_stride ? v.rows : 1, V,
+                           clamp.mask_stride};
     read_states(mask_input, call, mask);
     start = Buffer<float>(v.rows * V);
     const bool given = clamp.values.floats || clamp.values.bytes;
@@ -83,7 +87,8 @@ int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c
     held.held_states_stride = V;
   } else if (clamp.mask && !grey) {
     held_bits = States::packed(v.rows, V);
-    std::memcpy(held_bits.bits.get(), chain.visible.bits.get(), static_cast<size_t>(v.rows * chain.visible.stride));
+    std::memcpy(held_bits.bits.get(), chain.visible.bits.get(),
+                static_cast<size_t>(v.rows * chain.visible.stride));
     held.held_bits = held_bits.bits.get();
     held.held_bits_stride = held_bits.stride;
   }
@@ -97,7 +102,8 @@ int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c
     if (grey) {
       for (int64_t m = 0; m < v.rows; ++m) {
         for (int64_t i = 0; i < V; ++i) {
-          if (clamp.mask[m * clamp.mask_stride + i]) drawn.get()[m * V + i] = start.get()[m * V + i];
+          if (clamp.mask[m * clamp.mask_stride + i])
+            drawn.get()[m * V + i] = start.get()[m * V + i];
         }
       }
       chain.from_visible = OwnedOperand{};

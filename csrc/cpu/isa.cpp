@@ -67,7 +67,8 @@ uint32_t load_bits(const uint8_t* bits, int64_t tile) {
   return static_cast<uint32_t>(bits[2 * tile]) | static_cast<uint32_t>(bits[2 * tile + 1]) << 8;
 }
 
-template <bool random> void finish_rows(const HalfSweep& h, int64_t tile, int64_t begin, int64_t end, const Scratch& s, bool totals) {
+template <bool random> void finish_rows(const HalfSweep& h, int64_t tile, int64_t begin,
+                                        int64_t end, const Scratch& s, bool totals) {
   const int64_t col = tile * kTile;
   const int64_t N = h.weight.cols;
   const int n = static_cast<int>(N - col < kTile ? N - col : kTile);
@@ -105,7 +106,8 @@ template <bool random> void finish_rows(const HalfSweep& h, int64_t tile, int64_
         normal_pair<F16>(even_lanes(words[i % 2]), odd_lanes(words[i % 2]), z0, z1);
         const F16 spread = div(sigma, sqrt(F16(beta)));
         F16 state = fma(spread, interleave(z0, z1), x);
-        if (held) state = select(held, load(h.held_states + m * h.held_states_stride + col, n), state);
+        if (held)
+          state = select(held, load(h.held_states + m * h.held_states_stride + col, n), state);
         store(h.states + m * N + col, state, n);
       }
       continue;
@@ -133,9 +135,11 @@ template <bool random> void finish_rows(const HalfSweep& h, int64_t tile, int64_
     if (h.means || h.fixed) {
       const F16 p = sigmoid_of_exp(e);
       if (h.means) store(h.means + m * N + col, p, n);
-      if (h.fixed) store(h.fixed + m * h.fixed_stride + col, to_int(mul(select(valid, p, zero), fixed_one)));
+      if (h.fixed)
+        store(h.fixed + m * h.fixed_stride + col, to_int(mul(select(valid, p, zero), fixed_one)));
     }
-    if (h.softplus) h.softplus[tile * h.given.rows + m] = sum_lanes(select(valid, softplus(x), zero));
+    if (h.softplus)
+      h.softplus[tile * h.given.rows + m] = sum_lanes(select(valid, softplus(x), zero));
   }
 }
 
@@ -143,7 +147,8 @@ void half_sweep(const HalfSweep& h, int64_t tile, int64_t row_begin, int64_t row
   Scratch& s = scratch();
   const int64_t col = tile * kTile;
   const int64_t left = h.weight.cols - col;
-  const WeightRows rows{h.weight, F16(h.inverse_scale), col, static_cast<int>(left < kTile ? left : kTile)};
+  const WeightRows rows{h.weight, F16(h.inverse_scale), col,
+                        static_cast<int>(left < kTile ? left : kTile)};
   const bool random = h.bits || h.states || h.bytes;
   const bool real = h.given.fixed != nullptr;
   const bool totals = real || h.given.K > (h.wide ? kSafeRows : kSafeNarrowRows);
@@ -194,7 +199,8 @@ uint32_t largest(const float* values, int64_t n) {
   const I16 magnitude(0x7fffffff);
   int64_t i = 0;
   for (; i + kTile <= n; i += kTile) most = max(most, bit_and(as_int(load(values + i)), magnitude));
-  if (i < n) most = max(most, bit_and(as_int(load(values + i, static_cast<int>(n - i))), magnitude));
+  if (i < n)
+    most = max(most, bit_and(as_int(load(values + i, static_cast<int>(n - i))), magnitude));
   alignas(64) int32_t lane[kTile];
   store(lane, most);
   int32_t result = 0;
@@ -265,8 +271,8 @@ void exp_neg_all(const float* x, int64_t n, float* out) {
 
 }  // namespace
 
-const Kernels RBM_TABLE = {RBM_NAME,      kBinaryAsBytes, largest,    pack_floats, pack_bytes,
-                           group_offsets, expand_bits,    fix,        half_sweep,  gradient,
-                           exp_neg_all};
+const Kernels RBM_TABLE = {RBM_NAME,   kBinaryAsBytes, largest,     pack_floats,
+                           pack_bytes, group_offsets,  expand_bits, fix,
+                           half_sweep, gradient,       exp_neg_all};
 
 }  // namespace rbm

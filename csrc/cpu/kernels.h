@@ -8,9 +8,9 @@
 
 namespace rbm {
 
-constexpr int kTile = 16;        // output units computed together
-constexpr int kMaxGroup = 6;     // states looked up together
-constexpr int64_t kSafeRows = 240;  // rows of 24-bit integers whose sums stay below 2^31
+constexpr int kTile = 16;                   // output units computed together
+constexpr int kMaxGroup = 6;                // states looked up together
+constexpr int64_t kSafeRows = 240;          // rows of 24-bit integers whose sums stay below 2^31
 constexpr int64_t kSafeNarrowRows = 65000;  // of 16-bit integers
 
 // A matrix [rows, cols] of which one stride is 1.
@@ -27,8 +27,8 @@ struct Operand {
   const uint16_t* groups;
   int64_t n_groups;  // also the row stride
   int group;
-  // ... or, for the kernels that say so (binary_as_bytes), one byte a state, zero up to a multiple of
-  // 64; whole blocks of 32 rows can be read.
+  // ... or, for the kernels that say so (binary_as_bytes), one byte a state, zero up to a multiple
+  // of 64; whole blocks of 32 rows can be read.
   const uint8_t* bytes;
   int64_t bytes_stride;
   int digits;  // bytes of the right operand's integers, 2 or 3
@@ -42,7 +42,7 @@ struct HalfSweep {
   Operand given;
   Matrix weight;  // [K, N]
   float scale, inverse_scale;
-  bool wide;  // 24-bit weights: sums may pass 2^31
+  bool wide;          // 24-bit weights: sums may pass 2^31
   const float* bias;  // [N]
   const float* beta;  // [rows] or, with beta_stride 0, one
   int64_t beta_stride;
@@ -52,14 +52,14 @@ struct HalfSweep {
   // Outputs, each may be null.
   uint8_t* bits;  // packed Bernoulli states
   int64_t bits_stride;
-  float* states;  // [rows, N]
+  float* states;   // [rows, N]
   uint8_t* bytes;  // [rows, N], 0 or 1
-  float* means;  // [rows, N] sigmoid(x), or x for Gaussian units
+  float* means;    // [rows, N] sigmoid(x), or x for Gaussian units
   int32_t* fixed;  // [rows, fixed_stride] sigmoid(x) * fixed_one, rounded
   int64_t fixed_stride;
   float fixed_one;
   double* softplus;  // [tiles, rows] partial sums
-  double* sums;  // [rows, N] the exact integer sums themselves (tests)
+  double* sums;      // [rows, N] the exact integer sums themselves (tests)
   // Units held still: packed mask, and their packed (Bernoulli) or float (Gaussian) states.
   const uint8_t* held;
   int64_t held_stride;
@@ -72,7 +72,7 @@ struct HalfSweep {
 // One phase of the gradient: sum over its rows of (visible state) * (hidden probability), an exact
 // integer, times an integer weight.
 struct Phase {
-  Operand visible;  // [V (+ 1 row of ones), rows of the batch]
+  Operand visible;        // [V (+ 1 row of ones), rows of the batch]
   const int32_t* hidden;  // [rows of the batch, hidden_stride]
   int64_t hidden_stride;
   double weight;

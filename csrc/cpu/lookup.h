@@ -21,7 +21,8 @@ struct BinaryScratch {
 
 // table[e] = sum of the rows whose bit is set in e. The sums of the first three rows stay in
 // registers, so that the table is only written.
-template <int group, class Reader> void build_table(Reader& rows, int64_t k, int64_t K, char* table) {
+template <int group, class Reader>
+void build_table(Reader& rows, int64_t k, int64_t K, char* table) {
   I16 row[group];
   for (int bit = 0; bit < group; ++bit) row[bit] = k + bit < K ? rows[k + bit] : I16(0);
   constexpr int kLow = group < 3 ? group : 3;
@@ -42,22 +43,22 @@ template <int group, class Reader> void build_table(Reader& rows, int64_t k, int
   }
 }
 
-template <int group, int count>
-void add_entries(const uint16_t* groups, int64_t stride, int64_t rows, const char* tables, int32_t* sums) {
+template <int group, int count> void add_entries(const uint16_t* groups, int64_t stride,
+                                                 int64_t rows, const char* tables, int32_t* sums) {
   for (int64_t m = 0; m < rows; ++m, groups += stride, sums += kTile) {
     I16 sum = load(sums);
 #pragma GCC unroll 16
     for (int g = 0; g < count; ++g) {
-      sum = add(sum, load(reinterpret_cast<const int32_t*>(tables + (g << (group + 6)) + groups[g])));
+      sum =
+          add(sum, load(reinterpret_cast<const int32_t*>(tables + (g << (group + 6)) + groups[g])));
     }
     store(sums, sum);
   }
 }
 
-template <int group, class Rows>
-void binary_product(const Operand& a, const Rows& rows, int64_t begin, int64_t end, BinaryScratch& s, int32_t* sums,
-                    double* totals,
-                    double weight) {
+template <int group, class Rows> void binary_product(const Operand& a, const Rows& rows,
+                                                     int64_t begin, int64_t end, BinaryScratch& s,
+                                                     int32_t* sums, double* totals, double weight) {
   RowReader<Rows> reader(rows, a.K);
   const int64_t count = end - begin;
   const uint16_t* groups = a.groups + begin * a.n_groups;
@@ -69,7 +70,8 @@ void binary_product(const Operand& a, const Rows& rows, int64_t begin, int64_t e
       pending = 0;
     }
     pending += n * group;
-    for (int i = 0; i < n; ++i) build_table<group>(reader, (g + i) * group, a.K, s.tables + (i << (group + 6)));
+    for (int i = 0; i < n; ++i)
+      build_table<group>(reader, (g + i) * group, a.K, s.tables + (i << (group + 6)));
     int i = 0;
     if (n == kChunk) {
       add_entries<group, kChunk>(groups + g, a.n_groups, count, s.tables, sums);
@@ -84,18 +86,23 @@ void binary_product(const Operand& a, const Rows& rows, int64_t begin, int64_t e
 }
 
 // sums += binary operand @ rows, folded into totals (if there are any) before int32 can overflow.
-template <class Rows>
-void binary_product(const Operand& a, const Rows& rows, int64_t begin, int64_t end, BinaryScratch& s, int32_t* sums,
-                    double* totals,
-                    double weight) {
+template <class Rows> void binary_product(const Operand& a, const Rows& rows, int64_t begin,
+                                          int64_t end, BinaryScratch& s, int32_t* sums,
+                                          double* totals, double weight) {
   clear(sums, end - begin);
   switch (a.group) {
-    case 1: return binary_product<1>(a, rows, begin, end, s, sums, totals, weight);
-    case 2: return binary_product<2>(a, rows, begin, end, s, sums, totals, weight);
-    case 3: return binary_product<3>(a, rows, begin, end, s, sums, totals, weight);
-    case 4: return binary_product<4>(a, rows, begin, end, s, sums, totals, weight);
-    case 5: return binary_product<5>(a, rows, begin, end, s, sums, totals, weight);
-    default: return binary_product<6>(a, rows, begin, end, s, sums, totals, weight);
+    case 1:
+      return binary_product<1>(a, rows, begin, end, s, sums, totals, weight);
+    case 2:
+      return binary_product<2>(a, rows, begin, end, s, sums, totals, weight);
+    case 3:
+      return binary_product<3>(a, rows, begin, end, s, sums, totals, weight);
+    case 4:
+      return binary_product<4>(a, rows, begin, end, s, sums, totals, weight);
+    case 5:
+      return binary_product<5>(a, rows, begin, end, s, sums, totals, weight);
+    default:
+      return binary_product<6>(a, rows, begin, end, s, sums, totals, weight);
   }
 }
 

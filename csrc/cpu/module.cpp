@@ -19,62 +19,75 @@ Call call(Address seed, int64_t chain_offset, int limbs, int threads) {
 
 // `width` is 4 for float32, 1 for bytes.
 Input input(Address data, int width, int64_t rows, int64_t units, int64_t stride) {
-  return {width == 4 ? at<const float>(data) : nullptr, width == 4 ? nullptr : at<const uint8_t>(data), rows, units, stride};
+  return {width == 4 ? at<const float>(data) : nullptr,
+          width == 4 ? nullptr : at<const uint8_t>(data), rows, units, stride};
 }
 Output output(Address data, int width) {
   return {width == 4 ? at<float>(data) : nullptr, width == 4 ? nullptr : at<uint8_t>(data)};
 }
 
-int py_sample(Address given, int given_width, int64_t rows, int64_t K, int64_t given_stride, Address weight, int64_t N,
-              int64_t row_stride, int64_t col_stride, Address bias, Address given_log_var, Address drawn_log_var,
-              Address beta, int64_t beta_stride, Address states, int states_width, Address means, Address sums,
-              Address seed, int64_t chain_offset, int limbs, int threads) {
+int py_sample(Address given, int given_width, int64_t rows, int64_t K, int64_t given_stride,
+              Address weight, int64_t N, int64_t row_stride, int64_t col_stride, Address bias,
+              Address given_log_var, Address drawn_log_var, Address beta, int64_t beta_stride,
+              Address states, int states_width, Address means, Address sums, Address seed,
+              int64_t chain_offset, int limbs, int threads) {
   py::gil_scoped_release release;
-  return sample(input(given, given_width, rows, K, given_stride), {at<const float>(weight), K, N, row_stride, col_stride},
-                at<const float>(bias), at<const float>(given_log_var), at<const float>(drawn_log_var),
-                {at<const float>(beta), beta_stride}, output(states, states_width), at<float>(means), at<double>(sums),
-                call(seed, chain_offset, limbs, threads));
+  return sample(input(given, given_width, rows, K, given_stride),
+                {at<const float>(weight), K, N, row_stride, col_stride}, at<const float>(bias),
+                at<const float>(given_log_var), at<const float>(drawn_log_var),
+                {at<const float>(beta), beta_stride}, output(states, states_width),
+                at<float>(means), at<double>(sums), call(seed, chain_offset, limbs, threads));
 }
 
-int py_gibbs_sample(Address v, int v_width, int64_t rows, int64_t v_stride, Address W, int64_t V, int64_t H,
-                    int64_t row_stride, int64_t col_stride, Address b, Address c, int64_t k, Address log_var,
-                    Address beta, int64_t beta_stride, Address mask, int64_t mask_stride, Address values,
-                    int values_width, int64_t values_stride, Address states, int states_width, Address seed,
-                    int64_t chain_offset, int limbs, int threads) {
+int py_gibbs_sample(Address v, int v_width, int64_t rows, int64_t v_stride, Address W, int64_t V,
+                    int64_t H, int64_t row_stride, int64_t col_stride, Address b, Address c,
+                    int64_t k, Address log_var, Address beta, int64_t beta_stride, Address mask,
+                    int64_t mask_stride, Address values, int values_width, int64_t values_stride,
+                    Address states, int states_width, Address seed, int64_t chain_offset, int limbs,
+                    int threads) {
   py::gil_scoped_release release;
-  const Clamp clamp{at<const uint8_t>(mask), mask_stride, input(values, values_width, rows, V, values_stride)};
-  return gibbs_sample(input(v, v_width, rows, V, v_stride), {at<const float>(W), V, H, row_stride, col_stride},
-                      at<const float>(b), at<const float>(c), k, at<const float>(log_var),
+  const Clamp clamp{at<const uint8_t>(mask), mask_stride,
+                    input(values, values_width, rows, V, values_stride)};
+  return gibbs_sample(input(v, v_width, rows, V, v_stride),
+                      {at<const float>(W), V, H, row_stride, col_stride}, at<const float>(b),
+                      at<const float>(c), k, at<const float>(log_var),
                       {at<const float>(beta), beta_stride}, clamp, output(states, states_width),
                       call(seed, chain_offset, limbs, threads));
 }
 
-int py_free_energy(Address v, int v_width, int64_t rows, int64_t v_stride, Address W, int64_t V, int64_t H,
-                   int64_t row_stride, int64_t col_stride, Address b, Address c, Address log_var, Address beta,
-                   int64_t beta_stride, Address out, int limbs, int threads) {
+int py_free_energy(Address v, int v_width, int64_t rows, int64_t v_stride, Address W, int64_t V,
+                   int64_t H, int64_t row_stride, int64_t col_stride, Address b, Address c,
+                   Address log_var, Address beta, int64_t beta_stride, Address out, int limbs,
+                   int threads) {
   py::gil_scoped_release release;
-  return free_energy(input(v, v_width, rows, V, v_stride), {at<const float>(W), V, H, row_stride, col_stride},
-                     at<const float>(b), at<const float>(c), at<const float>(log_var),
-                     {at<const float>(beta), beta_stride}, at<float>(out), call(0, 0, limbs, threads));
+  return free_energy(
+      input(v, v_width, rows, V, v_stride), {at<const float>(W), V, H, row_stride, col_stride},
+      at<const float>(b), at<const float>(c), at<const float>(log_var),
+      {at<const float>(beta), beta_stride}, at<float>(out), call(0, 0, limbs, threads));
 }
 
-int py_cd_step(Address v, int v_width, int64_t rows, int64_t v_stride, Address W, int64_t V, int64_t H,
-               int64_t row_stride, int64_t col_stride, Address b, Address c, int64_t k, Address chains,
-               int chains_width, int64_t n_chains, int64_t chains_stride, Address log_var, Address grad_W,
-               int64_t grad_W_stride, Address grad_b, Address grad_c, bool accumulate, Address advanced,
-               int advanced_width, Address energies, Address seed, int64_t chain_offset, int limbs, int threads) {
+int py_cd_step(Address v, int v_width, int64_t rows, int64_t v_stride, Address W, int64_t V,
+               int64_t H, int64_t row_stride, int64_t col_stride, Address b, Address c, int64_t k,
+               Address chains, int chains_width, int64_t n_chains, int64_t chains_stride,
+               Address log_var, Address grad_W, int64_t grad_W_stride, Address grad_b,
+               Address grad_c, bool accumulate, Address advanced, int advanced_width,
+               Address energies, Address seed, int64_t chain_offset, int limbs, int threads) {
   py::gil_scoped_release release;
   const Input persistent = input(chains, chains_width, n_chains, V, chains_stride);
-  const CdOutput out{at<float>(grad_W), grad_W_stride,   at<float>(grad_b), at<float>(grad_c),
-                     accumulate,        output(advanced, advanced_width), at<float>(energies)};
-  return cd_step(input(v, v_width, rows, V, v_stride), {at<const float>(W), V, H, row_stride, col_stride},
-                 at<const float>(b), at<const float>(c), k, chains ? &persistent : nullptr, at<const float>(log_var),
+  const CdOutput out{at<float>(grad_W),  grad_W_stride, at<float>(grad_b),
+                     at<float>(grad_c),  accumulate,    output(advanced, advanced_width),
+                     at<float>(energies)};
+  return cd_step(input(v, v_width, rows, V, v_stride),
+                 {at<const float>(W), V, H, row_stride, col_stride}, at<const float>(b),
+                 at<const float>(c), k, chains ? &persistent : nullptr, at<const float>(log_var),
                  out, call(seed, chain_offset, limbs, threads));
 }
 
 void use(const std::string& name) {
   const Kernels* named = name.empty() ? widest_kernels() : kernels_named(name.c_str());
-  if (!named) throw py::value_error("instruction set '" + name + "' was not built or does not run on this processor");
+  if (!named)
+    throw py::value_error("instruction set '" + name +
+                          "' was not built or does not run on this processor");
   g_kernels = named;
 }
 
@@ -102,6 +115,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("cd_step", &py_cd_step);
   m.def("use", &use, "Use the instruction set of that name; the widest for ''.");
   m.def("in_use", [] { return g_kernels->name; });
-  m.def("instruction_sets", &instruction_sets, "Names of those that were built and run here, the default first.");
+  m.def("instruction_sets", &instruction_sets,
+        "Names of those that were built and run here, the default first.");
   m.def("philox4x32", &philox);
 }

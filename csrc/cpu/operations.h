@@ -6,7 +6,16 @@
 
 namespace rbm {
 
-enum Argument { kNone = 0, kWeight = 1, kStates = 2, kBiasVisible = 3, kBiasHidden = 4, kLogVar = 5, kChains = 6, kValues = 7 };
+enum Argument {
+  kNone = 0,
+  kWeight = 1,
+  kStates = 2,
+  kBiasVisible = 3,
+  kBiasHidden = 4,
+  kLogVar = 5,
+  kChains = 6,
+  kValues = 7
+};
 
 // Where states go: float32 or bytes, [rows, units] contiguous.
 struct Output {
@@ -22,8 +31,8 @@ struct Temperature {
 // One half-sweep. weight is [K, N] from the given layer to the drawn one; given_log_var [K] if the
 // given states are Gaussian units, drawn_log_var [N] if the drawn ones are.
 int sample(const Input& given, const Matrix& weight, const float* bias, const float* given_log_var,
-           const float* drawn_log_var, Temperature temperature, Output states, float* means, double* sums,
-           const Call& call);
+           const float* drawn_log_var, Temperature temperature, Output states, float* means,
+           double* sums, const Call& call);
 
 struct Clamp {
   const uint8_t* mask;  // bytes [V] or [B, V]
@@ -31,11 +40,12 @@ struct Clamp {
   Input values;  // floats [V] or [B, V] (row_stride 0), or null pointers: the initial states
 };
 
-int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c, int64_t k, const float* log_var,
-                 Temperature temperature, const Clamp& clamp, Output states, const Call& call);
+int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c, int64_t k,
+                 const float* log_var, Temperature temperature, const Clamp& clamp, Output states,
+                 const Call& call);
 
-int free_energy(const Input& v, const Matrix& W, const float* b, const float* c, const float* log_var,
-                Temperature temperature, float* out, const Call& call);
+int free_energy(const Input& v, const Matrix& W, const float* b, const float* c,
+                const float* log_var, Temperature temperature, float* out, const Call& call);
 
 struct CdOutput {
   float* grad_W;  // [V, H]
@@ -49,7 +59,7 @@ struct CdOutput {
 
 // For Gaussian units (log_var), grad_W and grad_b lack their factor 1 / s^2, which depends on more
 // than this pass knows; rbm_kernels/backends/reference.py finishes them.
-int cd_step(const Input& v, const Matrix& W, const float* b, const float* c, int64_t k, const Input* chains,
-            const float* log_var, const CdOutput& out, const Call& call);
+int cd_step(const Input& v, const Matrix& W, const float* b, const float* c, int64_t k,
+            const Input* chains, const float* log_var, const CdOutput& out, const Call& call);
 
 }  // namespace rbm

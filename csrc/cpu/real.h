@@ -38,9 +38,8 @@ void multiply_rows(const float* a, int64_t stride, int64_t K, const double* w, d
 
 // out += weight * (real operand @ rows). Products of two 24-bit integers have 46 bits: after 128
 // of them a sum is split at 2^24 into two doubles that both stay exact; the total is rounded once.
-template <class Rows>
-void real_product(const Operand& a, const Rows& rows, int64_t begin, int64_t end, RealScratch& s, double* out,
-                  double weight) {
+template <class Rows> void real_product(const Operand& a, const Rows& rows, int64_t begin,
+                                        int64_t end, RealScratch& s, double* out, double weight) {
   RowReader<Rows> reader(rows, a.K);
   const int64_t count = end - begin;
   double* low = s.low;

@@ -5,7 +5,8 @@
 
 namespace rbm {
 
-int Model::prepare(const Matrix& weight, const float* b_, const float* c_, const float* log_var_, const Call& call) {
+int Model::prepare(const Matrix& weight, const float* b_, const float* c_, const float* log_var_,
+                   const Call& call) {
   W = weight;
   b = b_;
   c = c_;
@@ -43,19 +44,22 @@ HalfSweep Model::half_sweep(Layer drawn, Temperature temperature, const Call& ca
 }
 
 int sample(const Input& given, const Matrix& weight, const float* bias, const float* given_log_var,
-           const float* drawn_log_var, Temperature temperature, Output states, float* means, double* sums,
-           const Call& call) {
+           const float* drawn_log_var, Temperature temperature, Output states, float* means,
+           double* sums, const Call& call) {
   const bool to_hidden = !drawn_log_var;
   // A half-sweep to Bernoulli units looks the same in both directions.
   Model model;
-  const Matrix W = to_hidden ? weight : Matrix{weight.data, weight.cols, weight.rows, weight.col_stride, weight.row_stride};
+  const Matrix W = to_hidden ? weight
+                             : Matrix{weight.data, weight.cols, weight.rows, weight.col_stride,
+                                      weight.row_stride};
   int bad = model.prepare(W, to_hidden ? nullptr : bias, to_hidden ? bias : nullptr,
                           to_hidden ? given_log_var : drawn_log_var, call);
   if (bad) return bad;
   States in;
   OwnedOperand operand;
   if (!read_states(given, call, in)) return kStates;
-  if (!make_operand(in, given_log_var ? model.precision.get() : nullptr, call, operand)) return kStates;
+  if (!make_operand(in, given_log_var ? model.precision.get() : nullptr, call, operand))
+    return kStates;
   HalfSweep h = model.half_sweep(to_hidden ? Layer::hidden : Layer::visible, temperature, call);
   h.given = operand.operand;
   h.key = call.key(0);

@@ -14,7 +14,8 @@ struct Model {
   Buffer<float> precision, sigma;  // [V], Gaussian visible units only
 
   // 0, or the argument that is not finite. b, c and log_var may be null.
-  int prepare(const Matrix& weight, const float* b, const float* c, const float* log_var, const Call& call);
+  int prepare(const Matrix& weight, const float* b, const float* c, const float* log_var,
+              const Call& call);
   bool gaussian() const { return static_cast<bool>(sigma); }
   // A half-sweep that draws this layer; the caller fills in what is given and what is wanted.
   HalfSweep half_sweep(Layer drawn, Temperature temperature, const Call& call) const;

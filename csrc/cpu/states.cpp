@@ -37,7 +37,8 @@ States States::packed(int64_t rows, int64_t units) {
   const int64_t written = (units + 15) / 16 * 2;
   if (written < s.stride) {
     for (int64_t m = 0; m < rows; ++m)
-      std::memset(s.bits.get() + m * s.stride + written, 0, static_cast<size_t>(s.stride - written));
+      std::memset(s.bits.get() + m * s.stride + written, 0,
+                  static_cast<size_t>(s.stride - written));
   }
   return s;
 }
@@ -46,7 +47,8 @@ bool read_states(const Input& input, const Call& call, States& out) {
   out = States::packed(input.rows, input.units);
   const int threads = call.threads_for(input.rows * input.units / 4);
   bool binary = true;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(&& : binary)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) \
+    reduction(&& : binary)
   for (int64_t m = 0; m < input.rows; ++m) {
     uint8_t* bits = out.bits.get() + m * out.stride;
     const int64_t at = m * input.row_stride;
@@ -58,7 +60,8 @@ bool read_states(const Input& input, const Call& call, States& out) {
   out.bits = Buffer<uint8_t>();
   out.real = Buffer<float>(input.rows * input.units);
   bool finite = true;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(&& : finite)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) \
+    reduction(&& : finite)
   for (int64_t m = 0; m < input.rows; ++m) {
     float* row = out.real.get() + m * input.units;
     if (input.floats) {
@@ -84,12 +87,15 @@ float scale_of(uint32_t largest_bits, int limbs) {
 
 uint32_t largest_of(const Matrix& matrix, const Call& call) {
   const bool by_rows = matrix.col_stride == 1;
-  const int64_t lines = by_rows ? matrix.rows : matrix.cols, n = by_rows ? matrix.cols : matrix.rows;
+  const int64_t lines = by_rows ? matrix.rows : matrix.cols,
+                n = by_rows ? matrix.cols : matrix.rows;
   const int64_t stride = by_rows ? matrix.row_stride : matrix.col_stride;
   const int threads = call.threads_for(lines * n / 4);
   uint32_t most = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(max : most)
-  for (int64_t i = 0; i < lines; ++i) most = std::max(most, call.kernels->largest(matrix.data + i * stride, n));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) \
+    reduction(max : most)
+  for (int64_t i = 0; i < lines; ++i)
+    most = std::max(most, call.kernels->largest(matrix.data + i * stride, n));
   return most;
 }
 
@@ -121,7 +127,8 @@ void allocate_bytes(OwnedOperand& out) {
 }
 
 void expand_row(const uint8_t* bits, int64_t row, const Call& call, OwnedOperand& out) {
-  const int64_t stride = out.operand.bytes_stride, written = (out.operand.K + kTile - 1) / kTile * kTile;
+  const int64_t stride = out.operand.bytes_stride,
+                written = (out.operand.K + kTile - 1) / kTile * kTile;
   uint8_t* bytes = out.bytes.get() + row * stride;
   call.kernels->expand_bits(bits, out.operand.K, bytes);
   std::memset(bytes + written, 0, static_cast<size_t>(stride - written));
@@ -161,12 +168,15 @@ bool make_operand(const States& states, const float* factor, const Call& call, O
   out.operand.fixed = out.fixed.get();
   out.operand.row_scale = out.row_scale.get();
   bool finite = true;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) reduction(&& : finite)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) \
+    reduction(&& : finite)
   for (int64_t m = 0; m < rows; ++m) {
     float* row = out.fixed.get() + m * K;
     for (int64_t i = 0; i < K; ++i) {
-      const float x = states.binary() ? static_cast<float>(states.bits.get()[m * states.stride + i / 8] >> (i % 8) & 1)
-                                      : states.real.get()[m * K + i];
+      const float x =
+          states.binary()
+              ? static_cast<float>(states.bits.get()[m * states.stride + i / 8] >> (i % 8) & 1)
+              : states.real.get()[m * K + i];
       row[i] = factor ? x * factor[i] : x;
     }
     const uint32_t most = call.kernels->largest(row, K);
@@ -178,7 +188,8 @@ bool make_operand(const States& states, const float* factor, const Call& call, O
   return finite;
 }
 
-OwnedOperand make_transposed(const States& states, bool real, float scale, const Call& call, double* counts) {
+OwnedOperand make_transposed(const States& states, bool real, float scale, const Call& call,
+                             double* counts) {
   OwnedOperand out;
   const int64_t units = states.units, rows = states.rows;
   out.operand.rows = units + 1;
@@ -194,10 +205,11 @@ OwnedOperand make_transposed(const States& states, bool real, float scale, const
       float* line = out.fixed.get() + i * rows;
       double sum = 0;
       for (int64_t m = 0; m < rows; ++m) {
-        line[m] = i == units ? 1.0f
-                  : states.binary()
-                      ? static_cast<float>(states.bits.get()[m * states.stride + i / 8] >> (i % 8) & 1)
-                      : states.real.get()[m * units + i];
+        line[m] =
+            i == units ? 1.0f
+            : states.binary()
+                ? static_cast<float>(states.bits.get()[m * states.stride + i / 8] >> (i % 8) & 1)
+                : states.real.get()[m * units + i];
         sum += line[m];
       }
       if (i == units) continue;
@@ -242,7 +254,8 @@ OwnedOperand make_transposed(const States& states, bool real, float scale, const
         if (call.kernels->binary_as_bytes) {
           expand_row(line, first + i, call, out);
         } else {
-          call.kernels->group_offsets(line, n_groups, group, out.groups.get() + (first + i) * n_groups);
+          call.kernels->group_offsets(line, n_groups, group,
+                                      out.groups.get() + (first + i) * n_groups);
         }
         if (first + i == units) continue;
         int64_t ones = 0;
@@ -264,7 +277,8 @@ void run(HalfSweep& sweep, const Call& call) {
   const int threads = call.threads_for(rows * N * (sweep.given.K / 32 + 8) / 8);
   // With few tiles the chains are divided too; each part builds its own tables.
   int64_t parts = 1;
-  if (tiles < 3 * threads) parts = std::min<int64_t>((3 * threads + tiles - 1) / std::max<int64_t>(tiles, 1), rows / 64);
+  if (tiles < 3 * threads)
+    parts = std::min<int64_t>((3 * threads + tiles - 1) / std::max<int64_t>(tiles, 1), rows / 64);
   parts = std::max<int64_t>(parts, 1);
   const int64_t part_rows = (rows + parts - 1) / parts;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)

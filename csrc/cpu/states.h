@@ -15,7 +15,8 @@ template <class T> class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t n) {
-    const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 64 + 63) / 64 * 64;  // readable past its end
+    const size_t bytes =
+        (static_cast<size_t>(n) * sizeof(T) + 64 + 63) / 64 * 64;  // readable past its end
     data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
     if (!data_) throw std::bad_alloc();
   }
@@ -39,7 +40,8 @@ struct Input {
   int64_t rows, units, row_stride;
 
   float at(int64_t row, int64_t unit) const {
-    return floats ? floats[row * row_stride + unit] : static_cast<float>(bytes[row * row_stride + unit]);
+    return floats ? floats[row * row_stride + unit]
+                  : static_cast<float>(bytes[row * row_stride + unit]);
   }
 };
 
@@ -52,7 +54,8 @@ struct Call {
   int threads;
 
   HalfSweepKey key(int64_t half_sweep) const {
-    return half_sweep_key(static_cast<uint64_t>(seed[0]), static_cast<uint64_t>(seed[1] + half_sweep), 0);
+    return half_sweep_key(static_cast<uint64_t>(seed[0]),
+                          static_cast<uint64_t>(seed[1] + half_sweep), 0);
   }
   // Threads for this many elementary steps: starting a team costs about 5 microseconds.
   int threads_for(int64_t work) const { return work < 200000 ? 1 : threads; }
@@ -92,7 +95,8 @@ struct OwnedOperand {
 bool make_operand(const States& states, const float* factor, const Call& call, OwnedOperand& out);
 // The transposed states [units + 1, rows] for a gradient, the last row all ones; `counts` [units]
 // receives each unit's sum. Real states are divided by `scale` (binary ones too where real is set).
-OwnedOperand make_transposed(const States& states, bool real, float scale, const Call& call, double* counts);
+OwnedOperand make_transposed(const States& states, bool real, float scale, const Call& call,
+                             double* counts);
 
 // Runs one half-sweep over all tiles on the call's threads.
 void run(HalfSweep& sweep, const Call& call);

@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from rbm_kernels import info
 from rbm_kernels.backends import reference
 
 Beta = float | Tensor
@@ -21,7 +22,7 @@ try:
     _cpu = importlib.import_module("rbm_kernels._cpu")
     _cpu.use(os.environ.get("RBM_KERNELS_ISA", ""))
 except ImportError as error:
-    _failure = f"the C++ kernels are not built ({error})"
+    _failure = info.why_missing("cpu", error)
 except ValueError as error:
     _failure = f"RBM_KERNELS_ISA: {error}"
 

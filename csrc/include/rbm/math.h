@@ -2,7 +2,8 @@
 //
 // F is float (host or device) or a vector of floats, I the matching int32 type. Only operations
 // with one correct rounding are used (fma, add, mul, div, sqrt), in a fixed order, so every backend
-// and every instruction set computes the same bits. rbm_kernels/arithmetic.py says the same in torch.
+// and every instruction set computes the same bits. rbm_kernels/arithmetic.py says the same in
+// torch.
 #pragma once
 
 #include <cmath>
@@ -70,16 +71,26 @@ RBM_HD float as_float(int32_t a) {
 }
 RBM_HD int32_t to_int(float a) { return static_cast<int32_t>(a); }  // of integral values only
 RBM_HD float to_float(int32_t a) { return static_cast<float>(a); }
-RBM_HD int32_t add(int32_t a, int32_t b) { return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
-RBM_HD int32_t sub(int32_t a, int32_t b) { return static_cast<int32_t>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
+RBM_HD int32_t add(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+}
+RBM_HD int32_t sub(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b));
+}
 RBM_HD int32_t bit_and(int32_t a, int32_t b) { return a & b; }
 RBM_HD int32_t bit_xor(int32_t a, int32_t b) { return a ^ b; }
-template <int n> RBM_HD int32_t shift_left(int32_t a) { return static_cast<int32_t>(static_cast<uint32_t>(a) << n); }
+template <int n> RBM_HD int32_t shift_left(int32_t a) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) << n);
+}
 template <int n> RBM_HD int32_t shift_right(int32_t a) { return a >> n; }  // arithmetic
-template <int n> RBM_HD int32_t shift_right_logical(int32_t a) { return static_cast<int32_t>(static_cast<uint32_t>(a) >> n); }
+template <int n> RBM_HD int32_t shift_right_logical(int32_t a) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) >> n);
+}
 
 template <class F> struct IntOf;
-template <> struct IntOf<float> { using type = int32_t; };
+template <> struct IntOf<float> {
+  using type = int32_t;
+};
 template <class F> using Int = typename IntOf<F>::type;
 
 constexpr float kRoundingMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -96,8 +107,8 @@ template <class F> RBM_HD F exp_neg(F x) {
   const F n = sub(fma(t, F(1.44269504088896341f), F(kRoundingMagic)), F(kRoundingMagic));
   F r = fma(n, F(-kLn2High), t);
   r = fma(n, F(-kLn2Low), r);
-  const F p = polynomial(r, 1.0f, 1.0f, 0.49999991059303284f, 0.16666419804096222f, 0.04166822507977486f,
-                         0.008374824188649654f, 0.0013836835278198123f);
+  const F p = polynomial(r, 1.0f, 1.0f, 0.49999991059303284f, 0.16666419804096222f,
+                         0.04166822507977486f, 0.008374824188649654f, 0.0013836835278198123f);
   return as_float(add(as_int(p), shift_left<23>(to_int(n))));
 }
 
@@ -146,7 +157,8 @@ template <class F> RBM_HD F select_odd(Int<F> k, F odd, F even) {
 // Two standard normals from two random words (Box and Muller 1958).
 template <class F> RBM_HD void normal_pair(Int<F> word0, Int<F> word1, F& z0, F& z1) {
   using I = Int<F>;
-  const F u = mul(to_float(add(shift_right_logical<8>(word0), I(1))), F(5.9604644775390625e-08f));  // (0, 1]
+  const F u = mul(to_float(add(shift_right_logical<8>(word0), I(1))),
+                  F(5.9604644775390625e-08f));  // (0, 1]
   const F radius = sqrt(mul(F(-2.0f), log_positive(u)));
   const F turns = mul(uniform<F>(word1), F(4.0f));  // quarter turns, exact
   const F n = sub(add(turns, F(kRoundingMagic)), F(kRoundingMagic));

@@ -17,8 +17,8 @@ struct HalfSweepKey {
 };
 
 RBM_HD HalfSweepKey half_sweep_key(uint64_t seed, uint64_t step, uint32_t stream) {
-  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(step),
-          (static_cast<uint32_t>(step >> 32) << 8) | (stream & 0xFFu)};
+  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
+          static_cast<uint32_t>(step), (static_cast<uint32_t>(step >> 32) << 8) | (stream & 0xFFu)};
 }
 
 // Ten rounds over the counter c, in place. Unit u of a chain uses word u % 4 of the counter
