@@ -251,7 +251,7 @@ def cd_step(
     seed: Tensor,
     chain_offset: int,
     limbs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     data, weight, bias, hidden_bias = _states(v), _weights(W), _vector(b), _vector(c)
     start = None if chains is None else _states(chains)
     variance = None if log_var is None else _vector(log_var)
@@ -296,5 +296,4 @@ def cd_step(
         )
     if advanced.dtype != state_dtype:
         advanced = advanced.to(state_dtype)
-    free_energy_data, free_energy_chain = energies.unbind()
-    return (*grads, advanced, free_energy_data, free_energy_chain)
+    return (*grads, advanced, energies)

@@ -216,7 +216,7 @@ def cd_step(
     seed: Tensor,
     chain_offset: int,
     limbs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     _require_finite("cd_step", W=W, b=b, c=c, v=v, chains=chains, log_var=log_var)
     data = v.float()
     state = data if chains is None else chains.float()
@@ -256,7 +256,7 @@ def cd_step(
         for s in (data, state)
     ]
     dtype = W.dtype if chains is None else chains.dtype
-    return (*grads, state.to(dtype), energies[0], energies[1])
+    return (*grads, state.to(dtype), torch.stack(energies))
 
 
 def finish_gradients(

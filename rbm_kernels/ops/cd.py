@@ -22,8 +22,7 @@ class CDStep(NamedTuple):
         grad_c: [H].
         grad_log_var: [V] for Gaussian visible units, None for Bernoulli ones.
         chains: [N, V] the advanced chains (without persistent chains, v_k [B, V]).
-        free_energy_data: mean free energy of the data, in nats, 0-dim float32.
-        free_energy_chain: mean free energy of the advanced chains.
+        free_energies: float32 [2], mean free energy in nats of the data and of the advanced chains.
     """
 
     grad_W: Tensor
@@ -31,8 +30,17 @@ class CDStep(NamedTuple):
     grad_c: Tensor
     grad_log_var: Tensor | None
     chains: Tensor
-    free_energy_data: Tensor
-    free_energy_chain: Tensor
+    free_energies: Tensor
+
+    @property
+    def free_energy_data(self) -> Tensor:
+        """Mean free energy of the data, 0-dim."""
+        return self.free_energies[0]
+
+    @property
+    def free_energy_chain(self) -> Tensor:
+        """Mean free energy of the advanced chains, 0-dim."""
+        return self.free_energies[1]
 
 
 def cd_step(
@@ -104,14 +112,14 @@ def cd_step(
             limbs_of(precision),
         )  # fmt: skip
     else:
-        *grads, advanced, data, chain = torch.ops.rbm_kernels.cd_step(
+        *grads, advanced, energies = torch.ops.rbm_kernels.cd_step(
             v, W, b, c, k, chains, log_var, key, chain_offset, backend, precision
         )
         if out is not None:
             for buffer, grad in zip(out, grads, strict=False):
                 buffer.add_(grad) if accumulate else buffer.copy_(grad)
             grads[: len(out)] = out
-        result = (*grads[:3], None if log_var is None else grads[3], advanced, data, chain)
+        result = (*grads[:3], None if log_var is None else grads[3], advanced, energies)
     seeds.advance(seed, 2 * k)
     return CDStep(*result)
 
@@ -204,12 +212,12 @@ def _step(
     log_var: Tensor | None, seed: Tensor, chain_offset: int, backend: str | None,
     precision: str | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    *grads, advanced, data, chain = select("cd_step", backend, W.device, W.dtype).cd_step(
+    *grads, advanced, energies = select("cd_step", backend, W.device, W.dtype).cd_step(
         v, W, b, c, k, chains, log_var, None, False, seed, chain_offset, limbs_of(precision)
     )
     if grads[3] is None:
         grads[3] = W.new_empty(0)
-    return (*grads, advanced, data.clone(), chain.clone())  # an operator's outputs share no memory
+    return (*grads, advanced, energies)
 
 
 def _step_fake(
@@ -223,19 +231,18 @@ def _step_fake(
         W.new_empty(c.shape),
         W.new_empty(0 if log_var is None else b.shape[0]),
         W.new_empty(v.shape) if chains is None else chains.new_empty(chains.shape),
-        W.new_empty((), dtype=torch.float32),
-        W.new_empty((), dtype=torch.float32),
+        W.new_empty(2, dtype=torch.float32),
     )
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
-    *grads, advanced, data, chain = _step(*arguments)
-    return (data - chain, *grads, advanced)
+    *grads, advanced, energies = _step(*arguments)
+    return (energies[0] - energies[1], *grads, advanced)
 
 
 def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    *grads, advanced, data, _ = _step_fake(*arguments)
-    return (data, *grads, advanced)
+    *grads, advanced, energies = _step_fake(*arguments)
+    return (energies[0].clone(), *grads, advanced)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -272,7 +279,7 @@ _ARGUMENTS = (
 )
 _library.register(
     "cd_step",
-    _ARGUMENTS + "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _ARGUMENTS + "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _step,
     _step_fake,
 )
