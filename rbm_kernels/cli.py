@@ -272,6 +272,7 @@ def _train(arguments: argparse.Namespace) -> int:
         run.model,
         binary_rows,
         binary_held_out,
+        chains=run.chains,
         n_chains=arguments.ais_chains,
         betas=arguments.ais_betas,
         seed=settings.seed,
@@ -431,6 +432,12 @@ def _describe(result: Evaluation) -> str:
         f"  training images: {result.train:.2f}; independent pixels, held out: "
         f"{result.independent:.2f}",
     ]
+    if result.reverse is not None:
+        other = result.held_out + result.log_z - result.reverse.log_z
+        lines.append(
+            f"  {other:.2f} by reverse AIS from the persistent chains, which errs the other way "
+            f"(low, if they have mixed)"
+        )
     if estimate is not None and estimate.effective_sample_size < 10:
         lines.append(
             "  few chains carry the estimate, which may be nats too high: more --ais-chains and "

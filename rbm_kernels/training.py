@@ -60,7 +60,7 @@ class Settings:
     k: int = 1
     chains: int = 128
     batch: int = 128
-    epochs: int = 40
+    epochs: int = 100
     minutes: float | None = None
     learning_rate: float = 0.05
     decay: bool = True
@@ -430,6 +430,8 @@ class Evaluation:
         independent: of the held-out rows under the independent-pixels model of the training rows.
         log_z: the partition function used.
         estimate: the AIS behind `log_z`, or None where it is exact.
+        reverse: reverse AIS from the given chains, whose log Z is too high on average where that
+            of `estimate` is too low; None where there are no chains or log Z is exact.
     """
 
     train: float
@@ -437,6 +439,7 @@ class Evaluation:
     independent: float
     log_z: float
     estimate: likelihood.AIS | None
+    reverse: likelihood.AIS | None = None
 
 
 def evaluate(
@@ -444,6 +447,7 @@ def evaluate(
     data: Tensor,
     held_out: Tensor,
     *,
+    chains: Tensor | None = None,
     exact_units: int = 20,
     n_chains: int = 256,
     betas: int = 1000,
@@ -457,6 +461,7 @@ def evaluate(
         model: Bernoulli-Bernoulli.
         data: [N, V] binary, the training rows.
         held_out: [M, V] binary.
+        chains: [N, V] long-run samples of the model, such as its persistent chains.
         exact_units: enumerate a layer of up to this many units.
         n_chains: of AIS.
         betas: temperatures of AIS.
@@ -470,15 +475,17 @@ def evaluate(
     """
     weights = (model.W.detach(), model.b.detach(), model.c.detach())
     bias = likelihood.log_odds(data)
-    estimate = None
+    estimate = reverse = None
     if min(model.n_visible, model.n_hidden) <= exact_units:
         log_z = likelihood.log_partition_exact(*weights, max_units=exact_units).item()
     else:
-        estimate = likelihood.ais(
-            *weights, base_visible_bias=bias, n_chains=n_chains, betas=betas, seed=seed,
-            backend=backend, precision=precision,
-        )  # fmt: skip
+        options: Any = {
+            "base_visible_bias": bias, "betas": betas, "backend": backend, "precision": precision,
+        }  # fmt: skip
+        estimate = likelihood.ais(*weights, n_chains=n_chains, seed=(seed, 0), **options)
         log_z = estimate.log_z
+        if chains is not None:
+            reverse = likelihood.reverse_ais(chains, *weights, seed=(seed, 2 * betas), **options)
 
     def mean(rows: Tensor) -> float:
         return likelihood.log_likelihood(rows, *weights, log_z).mean().item()
@@ -489,4 +496,5 @@ def evaluate(
         independent=likelihood.independent_log_likelihood(held_out, bias).mean().item(),
         log_z=log_z,
         estimate=estimate,
+        reverse=reverse,
     )

@@ -170,9 +170,11 @@ def test_learns_digits_exactly_measured(digits):
 def test_evaluate_by_ais(digits):
     settings = Settings(hidden=18, epochs=10, batch=64, chains=64, learning_rate=0.1)
     run = training.train(*digits, training.start(digits[0], settings))
-    result = training.evaluate(run.model, *digits, betas=500, exact_units=17)
+    result = training.evaluate(run.model, *digits, chains=run.chains, betas=500, exact_units=17)
     exact = training.evaluate(run.model, *digits)
-    assert result.estimate is not None and exact.estimate is None
+    assert result.estimate is not None and result.reverse is not None
+    assert exact.estimate is None and exact.reverse is None
+    assert result.reverse.log_z == pytest.approx(exact.log_z, abs=1.0)
     assert result.held_out == pytest.approx(exact.held_out, abs=0.3)
     assert result.independent == exact.independent < exact.held_out
 
