@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TypeAlias
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 Seed: TypeAlias = int | tuple[int, int] | Tensor
 
 _LIMIT = 2**63
+_ONE_HALF_SWEEP = torch.tensor((0, 1), dtype=torch.int64)
 
 
 def resolve(
@@ -56,10 +56,7 @@ def resolve(
 
 def advance(seed: Seed | None, half_sweeps: int) -> None:
     """Move the offset of a caller's seed tensor past the half-sweeps just drawn."""
-    if isinstance(seed, Tensor):
-        seed.add_(_step(half_sweeps, seed.device))
-
-
-@functools.lru_cache(maxsize=64)
-def _step(half_sweeps: int, device: torch.device) -> Tensor:
-    return torch.tensor((0, half_sweeps), dtype=torch.int64, device=device)
+    if type(seed) is Tensor and seed.is_cpu and not torch.compiler.is_compiling():
+        seed.add_(_ONE_HALF_SWEEP, alpha=half_sweeps)  # a third of the cost of indexing
+    elif isinstance(seed, Tensor):
+        seed[1].add_(half_sweeps)
