@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -424,7 +425,7 @@ def _describe(result: Evaluation) -> str:
         # A higher log Z is a lower likelihood.
         low, high = (result.held_out + result.log_z - z for z in reversed(estimate.interval))
         how = (
-            f"AIS, {low:.2f} to {high:.2f}, effective sample size "
+            f"AIS, {low:.2f} to {'?' if math.isinf(high) else f'{high:.2f}'}, effective sample size "
             f"{estimate.effective_sample_size:.0f} of {estimate.log_weights.numel()}"
         )
     lines = [
