@@ -424,8 +424,9 @@ def _describe(result: Evaluation) -> str:
     else:
         # A higher log Z is a lower likelihood.
         low, high = (result.held_out + result.log_z - z for z in reversed(estimate.interval))
+        upper = "?" if math.isinf(high) else f"{high:.2f}"
         how = (
-            f"AIS, {low:.2f} to {'?' if math.isinf(high) else f'{high:.2f}'}, effective sample size "
+            f"AIS, {low:.2f} to {upper}, effective sample size "
             f"{estimate.effective_sample_size:.0f} of {estimate.log_weights.numel()}"
         )
     lines = [
