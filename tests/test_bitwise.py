@@ -95,7 +95,8 @@ def everything(
     F = rk.free_energy(v, W, b, c, beta=0.9, **real, backend=backend, precision=precision)
     states = [up[0], down[0], free, held, cd.chains, pcd.chains]
     results = [up[1], down[1], F]
-    results += [g for step in (cd, pcd) for g in (*step[:4], step[5], step[6]) if g is not None]
+    results += [g for step in (cd, pcd) for g in step[:4] if g is not None]
+    results += [F for step in (cd, pcd) for F in (step.free_energy_data, step.free_energy_chain)]
     return states, results
 
 
