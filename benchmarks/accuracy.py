@@ -23,7 +23,7 @@ def to_tf32(x: Tensor) -> Tensor:
 
 def fixed_point(v: Tensor, W: Tensor, c: Tensor, precision: str) -> Tensor:
     """x [B, H] as the package computes it for binary v [B, V]."""
-    limbs = arithmetic.limbs_of(precision)
+    limbs = arithmetic.limbs_of("accuracy", precision)
     scale = arithmetic.scale_of(W.abs().amax(), limbs)
     total = arithmetic.exact_product(v.double(), arithmetic.fixed_point(W, scale)).float()
     return arithmetic.fma(total, scale.expand_as(total), c.expand_as(total))

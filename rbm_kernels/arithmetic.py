@@ -34,10 +34,11 @@ _COS = (
 )
 
 
-def limbs_of(precision: str | None) -> int:
+def limbs_of(op: str, precision: str | None) -> int:
     """Base-256 digits of a fixed-point operand: 3 for ``highest``, 2 for ``high`` and ``medium``.
 
     Args:
+        op: the calling function, for error messages.
         precision: one of the three names, or None for ``torch.get_float32_matmul_precision()``.
 
     Raises:
@@ -48,7 +49,7 @@ def limbs_of(precision: str | None) -> int:
         return 3
     if name in ("high", "medium"):
         return 2
-    raise ValueError(f"precision must be 'highest', 'high' or 'medium', got {precision!r}")
+    raise ValueError(f"{op}: precision must be 'highest', 'high' or 'medium', got {precision!r}")
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ def random_words(seed: Tensor, step: int, chains: Tensor, n_units: int, stream: 
         c2 = ((p0 >> 32) & mask) ^ c3 ^ key1
         c1, c3 = p1 & mask, p0 & mask
         key0, key1 = (key0 + 0x9E3779B9) & mask, (key1 + 0xBB67AE85) & mask
-    return torch.stack((c0, c1, c2, c3), dim=2).reshape(chains.numel(), -1)[:, :n_units]
+    return torch.stack((c0, c1, c2, c3), dim=2).reshape(chains.numel(), 4 * blocks)[:, :n_units]
 
 
 def uniform(words: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TypeAlias
 
 import torch
@@ -42,12 +43,15 @@ def resolve(
                 f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
             )
         return seed.contiguous()
-    pair = (seed, 0) if isinstance(seed, int) else seed
-    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(i, int) for i in pair)):
+    try:
+        given = seed if isinstance(seed, tuple) else (seed, 0)
+        first, second = given
+        pair = (operator.index(first), operator.index(second))
+    except (TypeError, ValueError):
         raise TypeError(
             f"{name}: seed must be an int, a pair of ints (seed, offset) or an int64[2] tensor, "
-            f"got {type(seed).__name__}"
-        )
+            f"got {type(seed).__name__} {seed!r}"
+        ) from None
     for value in pair:
         if not -_LIMIT <= value < _LIMIT:
             raise ValueError(f"{name}: seed and offset must fit in 64 bits, got {value}")

@@ -63,6 +63,10 @@ int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c
   HalfSweep held{};
   const int64_t V = W.rows;
   if (clamp.mask) {
+    const int64_t value_rows = clamp.values.row_stride ? v.rows : 1;
+    for (int64_t m = 0; clamp.values.floats && m < value_rows; ++m) {
+      if (!all_finite(clamp.values.floats + m * clamp.values.row_stride, V, call)) return kValues;
+    }
     const Input mask_input{nullptr, clamp.mask, clamp.mask_stride ? v.rows : 1, V,
                            clamp.mask_stride};
     read_states(mask_input, call, mask);

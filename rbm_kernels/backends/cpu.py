@@ -251,6 +251,7 @@ def cd_step(
     seed: Tensor,
     chain_offset: int,
     limbs: int,
+    op: str = "cd_step",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     data, weight, bias, hidden_bias = _states(v), _weights(W), _vector(b), _vector(c)
     start = None if chains is None else _states(chains)
@@ -288,7 +289,7 @@ def cd_step(
         seed.data_ptr(), chain_offset, limbs, torch.get_num_threads(),
     )  # fmt: skip
     if status:
-        _refuse("cd_step", status)
+        _refuse(op, status)
     grads: tuple[Tensor, Tensor, Tensor, Tensor | None] = (grad_W, grad_b, grad_c, None)
     if not direct and (log_var is not None or out is not None or W.dtype != _FLOAT32):
         grads = reference.finish_gradients(

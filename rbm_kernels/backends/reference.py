@@ -111,6 +111,7 @@ def _draw_visible(
     return _draw_normal(mean, log_var, beta, seed, step, chain_offset), mean
 
 
+@torch.no_grad()
 def sample_hidden(
     v: Tensor,
     W: Tensor,
@@ -130,6 +131,7 @@ def sample_hidden(
     return h.to(out_dtype), p
 
 
+@torch.no_grad()
 def sample_visible(
     h: Tensor,
     W: Tensor,
@@ -147,6 +149,7 @@ def sample_visible(
     return v.to(out_dtype), mean.to(W.dtype) if return_probs else W.new_empty(0)
 
 
+@torch.no_grad()
 def gibbs_sample(
     v: Tensor,
     W: Tensor,
@@ -162,7 +165,9 @@ def gibbs_sample(
     out_dtype: torch.dtype,
     limbs: int,
 ) -> Tensor:
-    _require_finite("gibbs_sample", W=W, b=b, c=c, v=v, log_var=log_var, values=values)
+    _require_finite(
+        "gibbs_sample", W=W, b=b, c=c, v=v, log_var=log_var, **{"clamp's values": values}
+    )
     state = v.float()
     if mask is not None and values is not None:
         state = torch.where(mask, values.float(), state)
@@ -203,6 +208,7 @@ def free_energy(
     return factor * visible + F.logsigmoid(-column * x).sum(dim=1)
 
 
+@torch.no_grad()
 def cd_step(
     v: Tensor,
     W: Tensor,
@@ -216,8 +222,9 @@ def cd_step(
     seed: Tensor,
     chain_offset: int,
     limbs: int,
+    op: str = "cd_step",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    _require_finite("cd_step", W=W, b=b, c=c, v=v, chains=chains, log_var=log_var)
+    _require_finite(op, W=W, b=b, c=c, v=v, chains=chains, log_var=log_var)
     data = v.float()
     state = data if chains is None else chains.float()
     state = gibbs_sample(

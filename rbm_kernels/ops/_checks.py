@@ -29,6 +29,23 @@ def weight(op: str, W: Tensor) -> None:
         raise ValueError(f"{op}: W must hold data, got a tensor on device 'meta'")
 
 
+def transposed(op: str, W: Tensor, visible: Tensor, hidden: Tensor) -> None:
+    """Where both layers' sizes disagree with W, W is what is wrong."""
+    if not (isinstance(visible, Tensor) and isinstance(hidden, Tensor)):
+        return  # refused by name later
+    expected = [*visible.shape[-1:], *hidden.shape[-1:]]
+    if len(expected) == 2 and expected[0] != W.shape[0] and expected[1] != W.shape[1]:
+        raise ValueError(f"{op}: W must be [V, H] = {expected}, got {list(W.shape)}")
+
+
+def chain(op: str, chain_offset: int) -> None:
+    """chain_offset must be an int that the counter's 32 bits hold."""
+    if isinstance(chain_offset, bool) or not isinstance(chain_offset, int):
+        raise TypeError(f"{op}: chain_offset must be an int, got {type(chain_offset).__name__}")
+    if not 0 <= chain_offset < 2**32:
+        raise ValueError(f"{op}: chain_offset must be in [0, 2^32), got {chain_offset}")
+
+
 def states(op: str, name: str, value: Tensor, units: int, layer: str, W: Tensor) -> None:
     """States of a layer: [B, units], bool, uint8 or floating point."""
     if not isinstance(value, Tensor):
@@ -63,29 +80,45 @@ def sweeps(op: str, k: int) -> None:
         raise ValueError(f"{op}: k must be at least 1, got {k}")
 
 
-def temperature(op: str, beta: float | Tensor, rows: int, W: Tensor) -> tuple[float, Tensor | None]:
-    """beta as a (float, None) or a (1.0, float32 [B]) pair."""
+def temperature(
+    op: str, beta: float | Tensor, rows: int, W: Tensor, gaussian: bool = False
+) -> tuple[float, Tensor | None]:
+    """beta as a (float, None) or a (1.0, float32 [B]) pair; Gaussian units need more than 0."""
     if isinstance(beta, Tensor):
         if beta.dim() == 0:
-            return temperature(op, float(beta), rows, W)
+            return temperature(op, float(beta), rows, W, gaussian)
         if beta.shape != (rows,):
             raise ValueError(
                 f"{op}: beta must be a float or [B] = [{rows}], got {list(beta.shape)}"
             )
         if beta.device != W.device:
             raise ValueError(f"{op}: beta must be on W's device {W.device}, got {beta.device}")
+        # On a GPU reading the values would wait for it; there they are the caller's promise.
+        if beta.is_cpu and type(beta) is Tensor and not torch.compiler.is_compiling():
+            wrong = ~(torch.isfinite(beta) & (beta > 0 if gaussian else beta >= 0))
+            if bool(wrong.any()):
+                worst = beta[wrong][0].item()
+                raise ValueError(f"{op}: beta must be finite and {_sign(gaussian)}, got {worst}")
         return 1.0, beta.float().contiguous()
     if not isinstance(beta, (int, float)):
         raise TypeError(f"{op}: beta must be a float or a tensor [B], got {type(beta).__name__}")
-    if not (math.isfinite(beta) and beta >= 0):
-        raise ValueError(f"{op}: beta must be finite and not negative, got {beta}")
+    if not (math.isfinite(beta) and (beta > 0 if gaussian else beta >= 0)):
+        raise ValueError(f"{op}: beta must be finite and {_sign(gaussian)}, got {beta}")
     return float(beta), None
 
 
-def state_dtype(op: str, out_dtype: torch.dtype | None, W: Tensor) -> torch.dtype:
-    """dtype of returned states: W's unless asked for."""
+def _sign(gaussian: bool) -> str:
+    return "positive for Gaussian units" if gaussian else "not negative"
+
+
+def state_dtype(
+    op: str, out_dtype: torch.dtype | None, W: Tensor, gaussian: bool = False
+) -> torch.dtype:
+    """dtype of returned states: W's unless asked for; Gaussian units are floating point."""
     if out_dtype is None:
         return W.dtype
     if out_dtype not in _STATES:
         raise TypeError(f"{op}: out_dtype must be a float dtype, uint8 or bool, got {out_dtype}")
+    if gaussian and not out_dtype.is_floating_point:
+        raise TypeError(f"{op}: out_dtype of Gaussian units must be a float dtype, got {out_dtype}")
     return out_dtype

@@ -100,7 +100,7 @@ def cd_step(
         tensor([1., 1., 1.])
     """
     op = "cd_step"
-    _check(op, v, W, b, c, k, chains, log_var)
+    _check(op, v, W, b, c, k, chains, log_var, chain_offset)
     if out is not None:
         _check_out(op, out, W, log_var)
     elif accumulate:
@@ -109,7 +109,7 @@ def cd_step(
     if _library.plain_eager():
         result = select(op, backend, W.device, W.dtype).cd_step(
             v, W, b, c, k, chains, log_var, out, accumulate, key, chain_offset,
-            limbs_of(precision),
+            limbs_of(op, precision),
         )  # fmt: skip
     else:
         *grads, advanced, energies = torch.ops.rbm_kernels.cd_step(
@@ -154,7 +154,9 @@ def cd_loss(
         0-dim tensor, float32.
     """
     op = "cd_loss"
-    _check(op, v, W, b, c, k, chains, log_var)
+    _check(op, v, W, b, c, k, chains, log_var, chain_offset)
+    if chains is not None and chains.requires_grad:
+        raise ValueError(f"{op}: chains are advanced in place and must not require grad")
     key = seeds.resolve(op, seed, generator, W.device)
     arguments = (v, W, b, c, k, chains, log_var, key, chain_offset, backend, precision)
     if _library.plain_eager():
@@ -170,10 +172,11 @@ def cd_loss(
 
 def _check(
     op: str, v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, chains: Tensor | None,
-    log_var: Tensor | None,
+    log_var: Tensor | None, chain_offset: int,
 ) -> None:  # fmt: skip
     _checks.weight(op, W)
     n_visible, n_hidden = W.shape
+    _checks.transposed(op, W, b, c)
     _checks.states(op, "v", v, n_visible, "V", W)
     _checks.vector(op, "b", b, n_visible, "V", W)
     _checks.vector(op, "c", c, n_hidden, "H", W)
@@ -183,11 +186,16 @@ def _check(
         raise ValueError(f"{op}: v must have at least one row to average over, got {list(v.shape)}")
     if chains is not None:
         _checks.states(op, "chains", chains, n_visible, "V", W)
+        if log_var is not None and not chains.is_floating_point():
+            raise TypeError(
+                f"{op}: chains of Gaussian units must be floating point, got {chains.dtype}"
+            )
         if chains.shape[0] == 0:
             raise ValueError(
                 f"{op}: chains must have at least one row to average over, got {list(chains.shape)}"
             )
     _checks.sweeps(op, k)
+    _checks.chain(op, chain_offset)
 
 
 def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, log_var: Tensor | None) -> None:
@@ -195,7 +203,8 @@ def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, log_var: Tensor | No
     names = ("grad_W", "grad_b", "grad_c", "grad_log_var")[: 3 if log_var is None else 4]
     shapes = ((n_visible, n_hidden), (n_visible,), (n_hidden,), (n_visible,))
     if not isinstance(out, (tuple, list)) or len(out) != len(names):
-        raise ValueError(f"{op}: out must be the buffers ({', '.join(names)}), got {len(out)}")
+        got = len(out) if isinstance(out, (tuple, list)) else repr(out)
+        raise ValueError(f"{op}: out must be the buffers ({', '.join(names)}), got {got}")
     for name, buffer, shape in zip(names, out, shapes, strict=False):
         if not isinstance(buffer, Tensor) or not buffer.is_floating_point():
             raise TypeError(f"{op}: out's {name} must be a floating-point tensor, got {buffer!r}")
@@ -212,8 +221,18 @@ def _step(
     log_var: Tensor | None, seed: Tensor, chain_offset: int, backend: str | None,
     precision: str | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    *grads, advanced, energies = select("cd_step", backend, W.device, W.dtype).cd_step(
-        v, W, b, c, k, chains, log_var, None, False, seed, chain_offset, limbs_of(precision)
+    return _gradients(
+        "cd_step", v, W, b, c, k, chains, log_var, seed, chain_offset, backend, precision
+    )
+
+
+def _gradients(
+    op: str, v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, chains: Tensor | None,
+    log_var: Tensor | None, seed: Tensor, chain_offset: int, backend: str | None,
+    precision: str | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *grads, advanced, energies = select(op, backend, W.device, W.dtype).cd_step(
+        v, W, b, c, k, chains, log_var, None, False, seed, chain_offset, limbs_of(op, precision), op
     )
     if grads[3] is None:
         grads[3] = W.new_empty(0)
@@ -236,7 +255,7 @@ def _step_fake(
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
-    *grads, advanced, energies = _step(*arguments)
+    *grads, advanced, energies = _gradients("cd_loss", *arguments)
     return (energies[0] - energies[1], *grads, advanced)
 
 

@@ -56,6 +56,7 @@ def free_energy(
     op = "free_energy"
     _checks.weight(op, W)
     n_visible, n_hidden = W.shape
+    _checks.transposed(op, W, b, c)
     _checks.states(op, "v", v, n_visible, "V", W)
     _checks.vector(op, "b", b, n_visible, "V", W)
     _checks.vector(op, "c", c, n_hidden, "H", W)
@@ -75,7 +76,7 @@ def _run(
     betas: Tensor | None, backend: str | None, precision: str | None,
 ) -> Tensor:  # fmt: skip
     result: Tensor = select("free_energy", backend, W.device, W.dtype).free_energy(
-        v, W, b, c, log_var, beta if betas is None else betas, limbs_of(precision)
+        v, W, b, c, log_var, beta if betas is None else betas, limbs_of("free_energy", precision)
     )
     return result
 

@@ -66,20 +66,22 @@ def gibbs_sample(
     op = "gibbs_sample"
     _checks.weight(op, W)
     n_visible, n_hidden = W.shape
+    _checks.transposed(op, W, b, c)
     _checks.states(op, "v", v, n_visible, "V", W)
     _checks.vector(op, "b", b, n_visible, "V", W)
     _checks.vector(op, "c", c, n_hidden, "H", W)
     if log_var is not None:
         _checks.vector(op, "log_var", log_var, n_visible, "V", W)
     _checks.sweeps(op, k)
-    dtype = _checks.state_dtype(op, out_dtype, W)
-    value, betas = _checks.temperature(op, beta, v.shape[0], W)
+    dtype = _checks.state_dtype(op, out_dtype, W, log_var is not None)
+    value, betas = _checks.temperature(op, beta, v.shape[0], W, log_var is not None)
+    _checks.chain(op, chain_offset)
     mask, values = _clamp(op, clamp, v)
     key = seeds.resolve(op, seed, generator, W.device)
     if _library.plain_eager():
         state: Tensor = select(op, backend, W.device, W.dtype).gibbs_sample(
             v, W, b, c, k, log_var, value if betas is None else betas, mask, values, key,
-            chain_offset, dtype, limbs_of(precision),
+            chain_offset, dtype, limbs_of("gibbs_sample", precision),
         )  # fmt: skip
     else:
         state = torch.ops.rbm_kernels.gibbs_sample(
@@ -95,11 +97,18 @@ def _clamp(
 ) -> tuple[Tensor | None, Tensor | None]:
     if clamp is None:
         return None, None
-    mask, values = (clamp, None) if isinstance(clamp, Tensor) else clamp
+    if isinstance(clamp, Tensor):
+        mask, values = clamp, None
+    elif isinstance(clamp, (tuple, list)) and len(clamp) == 2:
+        mask, values = clamp
+    else:
+        raise TypeError(f"{op}: clamp must be a mask or a pair (mask, values), got {clamp!r}")
     shapes = (v.shape[1:], v.shape)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{op}: clamp's mask must be a bool tensor, got {got}")
+    if values is not None and not isinstance(values, Tensor):
+        raise TypeError(f"{op}: clamp's values must be a tensor, got {type(values).__name__}")
     for name, tensor in (("mask", mask), ("values", values)):
         if tensor is not None and tensor.shape not in shapes:
             raise ValueError(
@@ -121,7 +130,7 @@ def _run(
 ) -> Tensor:  # fmt: skip
     result: Tensor = select("gibbs_sample", backend, W.device, W.dtype).gibbs_sample(
         v, W, b, c, k, log_var, beta if betas is None else betas, mask, values, seed,
-        chain_offset, out_dtype, limbs_of(precision),
+        chain_offset, out_dtype, limbs_of("gibbs_sample", precision),
     )  # fmt: skip
     return result
 

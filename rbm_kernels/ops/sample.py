@@ -41,7 +41,8 @@ def sample_hidden(
         beta: inverse temperature, one number or float32 [B].
         return_probs: also return the probabilities, differentiable in v, W, c and log_var.
         out_dtype: dtype of the states; W's by default, uint8 and bool also serve.
-        seed: int, (seed, offset), or int64[2] tensor whose offset is advanced by 1.
+        seed: int, (seed, offset), or int64[2] tensor whose offset is advanced by 1. Calls that
+            share a seed and an offset share their uniform numbers, whichever layer they draw.
         generator: source of the seed where none is given; torch's default generator otherwise.
         chain_offset: global index of row 0, so that a batch cut in parts draws the same.
         backend: "auto" (default), "reference", "cpu", "triton" or "cuda".
@@ -65,6 +66,7 @@ def sample_hidden(
     """
     op = "sample_hidden"
     _checks.weight(op, W)
+    _checks.transposed(op, W, v, c)
     _checks.states(op, "v", v, W.shape[0], "V", W)
     _checks.vector(op, "c", c, W.shape[1], "H", W)
     return _sample(
@@ -105,6 +107,7 @@ def sample_visible(
     """
     op = "sample_visible"
     _checks.weight(op, W)
+    _checks.transposed(op, W, b, h)
     _checks.states(op, "h", h, W.shape[1], "H", W)
     _checks.vector(op, "b", b, W.shape[0], "V", W)
     return _sample(
@@ -131,8 +134,10 @@ def _sample(
 ) -> Tensor | tuple[Tensor, Tensor]:
     if log_var is not None:
         _checks.vector(op, "log_var", log_var, n_visible, "V", W)
-    dtype = _checks.state_dtype(op, out_dtype, W)
-    value, betas = _checks.temperature(op, beta, given.shape[0], W)
+    real = log_var is not None and op == "sample_visible"
+    dtype = _checks.state_dtype(op, out_dtype, W, real)
+    value, betas = _checks.temperature(op, beta, given.shape[0], W, real)
+    _checks.chain(op, chain_offset)
     key = seeds.resolve(op, seed, generator, W.device)
     if _library.plain_eager() and not (
         return_probs and _library.needs_grad(given, W, bias, log_var)
@@ -140,7 +145,7 @@ def _sample(
         module = select(op, backend, W.device, W.dtype)
         states, probs = getattr(module, op)(
             given, W, bias, log_var, value if betas is None else betas, return_probs, key,
-            chain_offset, dtype, limbs_of(precision),
+            chain_offset, dtype, limbs_of(op, precision),
         )  # fmt: skip
     else:
         states, probs = getattr(torch.ops.rbm_kernels, op)(
@@ -167,7 +172,7 @@ def _implementation(op: str) -> Any:
         module = select(op, backend, W.device, W.dtype)
         result: tuple[Tensor, Tensor] = getattr(module, op)(
             given, W, bias, log_var, beta if betas is None else betas, return_probs, seed,
-            chain_offset, out_dtype, limbs_of(precision),
+            chain_offset, out_dtype, limbs_of(op, precision),
         )  # fmt: skip
         return result
 
@@ -187,6 +192,7 @@ def _fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     given, W, _, log_var, beta, betas = inputs[:6]
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[0])
     ctx.save_for_backward(given, W, log_var, betas, output[1])
     ctx.beta = beta
 
