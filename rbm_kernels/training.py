@@ -225,8 +225,8 @@ def train(
                 run.chains = step.chains
             run.optimizer.step()
             count = rows.shape[0]
-            energies = torch.stack([step.free_energy_data, step.free_energy_chain]).double()
-            run.sums += count * torch.cat([torch.ones(1, dtype=torch.float64), energies])
+            run.sums[0] += count
+            run.sums[1:] += count * step.free_energies.double()
             run.batch += 1
             now = time.monotonic()
             run.training_seconds += now - clock

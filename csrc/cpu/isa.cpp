@@ -139,7 +139,7 @@ template <bool random> void finish_rows(const HalfSweep& h, int64_t tile, int64_
         store(h.fixed + m * h.fixed_stride + col, to_int(mul(select(valid, p, zero), fixed_one)));
     }
     if (h.softplus)
-      h.softplus[tile * h.given.rows + m] = sum_lanes(select(valid, softplus(x), zero));
+      h.softplus[tile * h.given.rows + m] = sum_lanes(select(valid, softplus(x, e), zero));
   }
 }
 

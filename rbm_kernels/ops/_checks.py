@@ -32,10 +32,25 @@ def weight(op: str, W: Tensor) -> None:
 def transposed(op: str, W: Tensor, visible: Tensor, hidden: Tensor) -> None:
     """Where both layers' sizes disagree with W, W is what is wrong."""
     if not (isinstance(visible, Tensor) and isinstance(hidden, Tensor)):
-        return  # refused by name later
+        return
     expected = [*visible.shape[-1:], *hidden.shape[-1:]]
     if len(expected) == 2 and expected[0] != W.shape[0] and expected[1] != W.shape[1]:
         raise ValueError(f"{op}: W must be [V, H] = {expected}, got {list(W.shape)}")
+
+
+def model(op: str, v: Tensor, W: Tensor, b: Tensor, c: Tensor, log_var: Tensor | None) -> None:
+    """Visible states and the parameters of a whole RBM."""
+    weight(op, W)
+    n_visible, n_hidden = W.shape
+    try:
+        states(op, "v", v, n_visible, "V", W)
+        vector(op, "b", b, n_visible, "V", W)
+        vector(op, "c", c, n_hidden, "H", W)
+        if log_var is not None:
+            vector(op, "log_var", log_var, n_visible, "V", W)
+    except ValueError:
+        transposed(op, W, b, c)
+        raise
 
 
 def chain(op: str, chain_offset: int) -> None:

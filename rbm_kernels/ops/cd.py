@@ -174,18 +174,11 @@ def _check(
     op: str, v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, chains: Tensor | None,
     log_var: Tensor | None, chain_offset: int,
 ) -> None:  # fmt: skip
-    _checks.weight(op, W)
-    n_visible, n_hidden = W.shape
-    _checks.transposed(op, W, b, c)
-    _checks.states(op, "v", v, n_visible, "V", W)
-    _checks.vector(op, "b", b, n_visible, "V", W)
-    _checks.vector(op, "c", c, n_hidden, "H", W)
-    if log_var is not None:
-        _checks.vector(op, "log_var", log_var, n_visible, "V", W)
+    _checks.model(op, v, W, b, c, log_var)
     if v.shape[0] == 0:
         raise ValueError(f"{op}: v must have at least one row to average over, got {list(v.shape)}")
     if chains is not None:
-        _checks.states(op, "chains", chains, n_visible, "V", W)
+        _checks.states(op, "chains", chains, W.shape[0], "V", W)
         if log_var is not None and not chains.is_floating_point():
             raise TypeError(
                 f"{op}: chains of Gaussian units must be floating point, got {chains.dtype}"
@@ -206,7 +199,7 @@ def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, log_var: Tensor | No
         got = len(out) if isinstance(out, (tuple, list)) else repr(out)
         raise ValueError(f"{op}: out must be the buffers ({', '.join(names)}), got {got}")
     for name, buffer, shape in zip(names, out, shapes, strict=False):
-        if not isinstance(buffer, Tensor) or not buffer.is_floating_point():
+        if not isinstance(buffer, Tensor) or not buffer.dtype.is_floating_point:
             raise TypeError(f"{op}: out's {name} must be a floating-point tensor, got {buffer!r}")
         if buffer.shape != shape:
             raise ValueError(f"{op}: out's {name} must be {list(shape)}, got {list(buffer.shape)}")

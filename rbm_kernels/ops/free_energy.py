@@ -54,14 +54,7 @@ def free_energy(
         tensor([-4.3863])
     """
     op = "free_energy"
-    _checks.weight(op, W)
-    n_visible, n_hidden = W.shape
-    _checks.transposed(op, W, b, c)
-    _checks.states(op, "v", v, n_visible, "V", W)
-    _checks.vector(op, "b", b, n_visible, "V", W)
-    _checks.vector(op, "c", c, n_hidden, "H", W)
-    if log_var is not None:
-        _checks.vector(op, "log_var", log_var, n_visible, "V", W)
+    _checks.model(op, v, W, b, c, log_var)
     value, betas = _checks.temperature(op, beta, v.shape[0], W)
     if _library.plain_eager() and not _library.needs_grad(v, W, b, c, log_var):
         return _run(v, W, b, c, log_var, value, betas, backend, precision)

@@ -64,14 +64,7 @@ def gibbs_sample(
         tensor([[1., 0., 1.]])
     """
     op = "gibbs_sample"
-    _checks.weight(op, W)
-    n_visible, n_hidden = W.shape
-    _checks.transposed(op, W, b, c)
-    _checks.states(op, "v", v, n_visible, "V", W)
-    _checks.vector(op, "b", b, n_visible, "V", W)
-    _checks.vector(op, "c", c, n_hidden, "H", W)
-    if log_var is not None:
-        _checks.vector(op, "log_var", log_var, n_visible, "V", W)
+    _checks.model(op, v, W, b, c, log_var)
     _checks.sweeps(op, k)
     dtype = _checks.state_dtype(op, out_dtype, W, log_var is not None)
     value, betas = _checks.temperature(op, beta, v.shape[0], W, log_var is not None)

@@ -66,9 +66,12 @@ def sample_hidden(
     """
     op = "sample_hidden"
     _checks.weight(op, W)
-    _checks.transposed(op, W, v, c)
-    _checks.states(op, "v", v, W.shape[0], "V", W)
-    _checks.vector(op, "c", c, W.shape[1], "H", W)
+    try:
+        _checks.states(op, "v", v, W.shape[0], "V", W)
+        _checks.vector(op, "c", c, W.shape[1], "H", W)
+    except ValueError:
+        _checks.transposed(op, W, v, c)
+        raise
     return _sample(
         op, v, W, c, W.shape[0], log_var, beta, return_probs, out_dtype, seed, generator,
         chain_offset, backend, precision,
@@ -107,9 +110,12 @@ def sample_visible(
     """
     op = "sample_visible"
     _checks.weight(op, W)
-    _checks.transposed(op, W, b, h)
-    _checks.states(op, "h", h, W.shape[1], "H", W)
-    _checks.vector(op, "b", b, W.shape[0], "V", W)
+    try:
+        _checks.states(op, "h", h, W.shape[1], "H", W)
+        _checks.vector(op, "b", b, W.shape[0], "V", W)
+    except ValueError:
+        _checks.transposed(op, W, b, h)
+        raise
     return _sample(
         op, h, W, b, W.shape[0], log_var, beta, return_probs, out_dtype, seed, generator,
         chain_offset, backend, precision,

@@ -122,11 +122,11 @@ template <class F> RBM_HD F threshold(F u, F e) { return fma(u, e, u); }
 
 template <class F> RBM_HD F sigmoid_of_exp(F e) { return div(F(1.0f), add(F(1.0f), e)); }
 
-// log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), log1p(y) = 2 atanh(y / (2 + y)): full relative
-// precision also where exp(x) is far below one unit in the last place of 1.
-template <class F> RBM_HD F softplus(F x) {
-  const F y = exp_neg(max(x, sub(F(0.0f), x)));
-  const F z = div(y, add(F(2.0f), y));
+// log(1 + exp(x)) = max(x, 0) + log1p(y) with y = exp(-|x|), by log1p(y) = 2 atanh(y / (2 + y)):
+// full relative precision also where y is far below one unit in the last place of 1. From
+// e = exp(-x): y is e or 1 / e, and y / (2 + y) is e / (2 + e) or 1 / (1 + 2e).
+template <class F> RBM_HD F softplus(F x, F e) {
+  const F z = div(min(e, F(1.0f)), max(add(e, F(2.0f)), fma(e, F(2.0f), F(1.0f))));
   const F t = mul(z, z);
   const F q = polynomial(t, 0.6666667461395264f, 0.3999887704849243f, 0.2861688435077667f,
                          0.21427658200263977f, 0.24300934374332428f);
