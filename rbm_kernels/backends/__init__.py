@@ -53,7 +53,7 @@ def select(
         ValueError: for an unknown name.
         RuntimeError: when an explicitly named backend cannot run, with the reason.
     """
-    name = backend or os.environ.get("RBM_KERNELS_BACKEND", "auto")
+    name = backend or os.environ.get("RBM_KERNELS_BACKEND") or "auto"
     if name == "auto":
         refusal = _refusal("cpu", operation, device, dtype)
         if refusal is None:
