@@ -32,7 +32,7 @@ NATIVE_SOURCES := find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -not -n
 
 demo: .venv/train.stamp
 	$(BIN)/rbm-kernels info
-	$(BIN)/rbm-kernels train mnist5k --minutes 1 --out demo
+	$(BIN)/rbm-kernels train mnist5k --k 10 --weight-decay 1e-3 --epochs 150 --minutes 1 --out demo
 	$(BIN)/rbm-kernels bench
 	@echo "Pictures of the model in demo/model.safetensors:" && ls -1 demo/*.png
 
