@@ -173,10 +173,7 @@ bool make_operand(const States& states, const float* factor, const Call& call, O
   for (int64_t m = 0; m < rows; ++m) {
     float* row = out.fixed.get() + m * K;
     for (int64_t i = 0; i < K; ++i) {
-      const float x =
-          states.binary()
-              ? static_cast<float>(states.bits.get()[m * states.stride + i / 8] >> (i % 8) & 1)
-              : states.real.get()[m * K + i];
+      const float x = states.at(m, i);
       row[i] = factor ? x * factor[i] : x;
     }
     const uint32_t most = call.kernels->largest(row, K);
@@ -200,22 +197,26 @@ OwnedOperand make_transposed(const States& states, bool real, float scale, const
     out.fixed = Buffer<float>((units + 1) * rows);
     out.operand.fixed = out.fixed.get();
     const float inverse = 1.0f / scale;
+    // Sixteen units at a time: a row of the states is read once, in order.
+    const int64_t blocks = (units + kTile - 1) / kTile;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i <= units; ++i) {
-      float* line = out.fixed.get() + i * rows;
-      double sum = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block * kTile, count = std::min<int64_t>(kTile, units - first);
+      float* lines = out.fixed.get() + first * rows;
+      double sums[kTile] = {};
       for (int64_t m = 0; m < rows; ++m) {
-        line[m] =
-            i == units ? 1.0f
-            : states.binary()
-                ? static_cast<float>(states.bits.get()[m * states.stride + i / 8] >> (i % 8) & 1)
-                : states.real.get()[m * units + i];
-        sum += line[m];
+        for (int64_t i = 0; i < count; ++i) {
+          const float state = states.at(m, first + i);
+          lines[i * rows + m] = state;
+          sums[i] += state;
+        }
       }
-      if (i == units) continue;
-      counts[i] = sum;
-      call.kernels->fix(line, rows, inverse, line);
+      for (int64_t i = 0; i < count; ++i) {
+        counts[first + i] = sums[i];
+        call.kernels->fix(lines + i * rows, rows, inverse, lines + i * rows);
+      }
     }
+    std::fill_n(out.fixed.get() + units * rows, rows, 1.0f);
     return out;
   }
   const int group = choose_group(units + 1);

@@ -68,6 +68,10 @@ struct States {
   Buffer<float> real;    // [rows, units] if they are real
 
   bool binary() const { return static_cast<bool>(bits); }
+  float at(int64_t row, int64_t unit) const {
+    return binary() ? static_cast<float>(bits.get()[row * stride + unit / 8] >> (unit % 8) & 1)
+                    : real.get()[row * units + unit];
+  }
   static States packed(int64_t rows, int64_t units);
 };
 

@@ -287,7 +287,8 @@ def finish_gradients(
     grad_log_var = None
     if log_var is not None:
         precision = arithmetic.exp_neg(log_var.float())
-        spread = [(s.double() - b.double()).square().mean(dim=0).float() for s in (state, data)]
+        center = b.float()
+        spread = [(s.float() - center).square_().mean(dim=0) for s in (state, data)]
         grad_W = grad_W * precision[:, None]
         grad_b = grad_b * precision
         grad_log_var = (spread[0] - spread[1]) * precision / 2 - (W.float() * grad_W).sum(dim=1)
