@@ -129,16 +129,9 @@ int cd_step(const Input& v, const Matrix& W, const float* b, const float* c, int
   g.bias = out.grad_c;
   const int64_t tiles = (H + kTile - 1) / kTile, rows = V + 1;
   const int threads = call.threads_for(rows * H * ((n_data + n_chain) / 32 + 1) / 8);
-  int64_t parts = 1;
-  if (tiles < 3 * threads)
-    parts = std::max<int64_t>(
-        1, std::min<int64_t>(3 * threads / std::max<int64_t>(tiles, 1) + 1, rows / 64));
-  const int64_t part_rows = (rows + parts - 1) / parts;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t task = 0; task < tiles * parts; ++task) {
-    const int64_t begin = task / tiles * part_rows, end = std::min(begin + part_rows, rows);
-    if (begin < end) call.kernels->gradient(g, task % tiles, begin, end);
-  }
+  for_each_part(tiles, rows, threads, [&](int64_t tile, int64_t begin, int64_t end) {
+    call.kernels->gradient(g, tile, begin, end);
+  });
   for (int64_t i = 0; i < V; ++i) {
     const double sum =
         negative.counts.get()[i] * weight_chain - positive.counts.get()[i] * weight_data;

@@ -20,14 +20,14 @@ struct Matrix {
   int64_t row_stride, col_stride;
 };
 
-// The left operand of a product, [rows, K]: exactly one of the two forms.
+// The left operand of a product, [rows, K]: in exactly one of three forms.
 struct Operand {
   int64_t rows, K;
   // Binary: group g of a row is a table offset in bytes (64 times `group` packed states).
   const uint16_t* groups;
   int64_t n_groups;  // also the row stride
   int group;
-  // ... or, for the kernels that say so (binary_as_bytes), one byte a state, zero up to a multiple
+  // Binary, for the kernels that say so (binary_as_bytes), one byte a state, zero up to a multiple
   // of 64; whole blocks of 32 rows can be read.
   const uint8_t* bytes;
   int64_t bytes_stride;

@@ -143,14 +143,15 @@ bool make_operand(const States& states, const float* factor, const Call& call, O
   const int64_t rows = states.rows, K = states.units;
   const int threads = call.threads_for(rows * K / 4);
   out.operand.digits = call.limbs;
-  if (states.binary() && !factor && call.kernels->binary_as_bytes) {
+  const bool exact_bits = states.binary() && !factor;
+  if (exact_bits && call.kernels->binary_as_bytes) {
     allocate_bytes(out);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t m = 0; m < rows; ++m)
       expand_row(states.bits.get() + m * states.stride, m, call, out);
     return true;
   }
-  if (states.binary() && !factor) {
+  if (exact_bits) {
     const int group = choose_group(rows);
     const int64_t n_groups = (K + group - 1) / group;
     if (!out.groups) out.groups = Buffer<uint16_t>(rows * std::max<int64_t>(n_groups, 1));
@@ -272,21 +273,27 @@ OwnedOperand make_transposed(const States& states, bool real, float scale, const
   return out;
 }
 
-void run(HalfSweep& sweep, const Call& call) {
-  const int64_t rows = sweep.given.rows, N = sweep.weight.cols;
-  const int64_t tiles = (N + kTile - 1) / kTile;
-  const int threads = call.threads_for(rows * N * (sweep.given.K / 32 + 8) / 8);
-  // With few tiles the chains are divided too; each part builds its own tables.
+void for_each_part(int64_t tiles, int64_t rows, int threads,
+                   const std::function<void(int64_t, int64_t, int64_t)>& work) {
+  // With few tiles the rows are divided too; each part builds its own tables.
   int64_t parts = 1;
-  if (tiles < 3 * threads)
-    parts = std::min<int64_t>((3 * threads + tiles - 1) / std::max<int64_t>(tiles, 1), rows / 64);
-  parts = std::max<int64_t>(parts, 1);
+  if (tiles > 0 && tiles < 3 * threads)
+    parts = std::max<int64_t>(1, std::min<int64_t>((3 * threads + tiles - 1) / tiles, rows / 64));
   const int64_t part_rows = (rows + parts - 1) / parts;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < tiles * parts; ++task) {
     const int64_t begin = task / tiles * part_rows, end = std::min(begin + part_rows, rows);
-    if (begin < end) call.kernels->half_sweep(sweep, task % tiles, begin, end);
+    if (begin < end) work(task % tiles, begin, end);
   }
+}
+
+void run(const HalfSweep& sweep, const Call& call) {
+  const int64_t rows = sweep.given.rows, N = sweep.weight.cols;
+  const int threads = call.threads_for(rows * N * (sweep.given.K / 32 + 8) / 8);
+  for_each_part((N + kTile - 1) / kTile, rows, threads,
+                [&](int64_t tile, int64_t begin, int64_t end) {
+                  call.kernels->half_sweep(sweep, tile, begin, end);
+                });
 }
 
 }  // namespace rbm

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <functional>
 #include <new>
 #include <utility>
 
@@ -102,7 +103,10 @@ bool make_operand(const States& states, const float* factor, const Call& call, O
 OwnedOperand make_transposed(const States& states, bool real, float scale, const Call& call,
                              double* counts);
 
+// Calls work(tile, row begin, row end) until every row of every tile is done, on so many threads.
+void for_each_part(int64_t tiles, int64_t rows, int threads,
+                   const std::function<void(int64_t, int64_t, int64_t)>& work);
 // Runs one half-sweep over all tiles on the call's threads.
-void run(HalfSweep& sweep, const Call& call);
+void run(const HalfSweep& sweep, const Call& call);
 
 }  // namespace rbm

@@ -11,16 +11,14 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _STATES = (*_FLOATS, torch.bool, torch.uint8)
 
 
-def _tensor(op: str, name: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-    return value
+def _not_a_tensor(op: str, name: str, value: object) -> TypeError:
+    return TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
 
 
 def weight(op: str, W: Tensor) -> None:
     """W must be a floating-point matrix on a device that holds data."""
     if not isinstance(W, Tensor):
-        _tensor(op, "W", W)
+        raise _not_a_tensor(op, "W", W)
     if W.dim() != 2:
         raise ValueError(f"{op}: W must be [V, H], got {list(W.shape)}")
     if W.dtype not in _FLOATS:
@@ -64,7 +62,7 @@ def chain(op: str, chain_offset: int) -> None:
 def states(op: str, name: str, value: Tensor, units: int, layer: str, W: Tensor) -> None:
     """States of a layer: [B, units], bool, uint8 or floating point."""
     if not isinstance(value, Tensor):
-        _tensor(op, name, value)
+        raise _not_a_tensor(op, name, value)
     if value.dim() != 2 or value.shape[1] != units:
         raise ValueError(
             f"{op}: {name} must be [B, {layer}] = [B, {units}], got {list(value.shape)}"
@@ -78,7 +76,7 @@ def states(op: str, name: str, value: Tensor, units: int, layer: str, W: Tensor)
 def vector(op: str, name: str, value: Tensor, units: int, layer: str, W: Tensor) -> None:
     """A parameter of a layer: [units], W's dtype and device."""
     if not isinstance(value, Tensor):
-        _tensor(op, name, value)
+        raise _not_a_tensor(op, name, value)
     if value.dim() != 1 or value.shape[0] != units:
         raise ValueError(f"{op}: {name} must be [{layer}] = [{units}], got {list(value.shape)}")
     if value.dtype != W.dtype:

@@ -209,14 +209,8 @@ def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, log_var: Tensor | No
             )
 
 
-def _step(
-    v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, chains: Tensor | None,
-    log_var: Tensor | None, seed: Tensor, chain_offset: int, backend: str | None,
-    precision: str | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return _gradients(
-        "cd_step", v, W, b, c, k, chains, log_var, seed, chain_offset, backend, precision
-    )
+def _step(*arguments: Any) -> tuple[Tensor, ...]:
+    return _gradients("cd_step", *arguments)
 
 
 def _gradients(
