@@ -7,6 +7,8 @@ set) and single files want flags of their own, neither of which setuptools can d
 Environment variables:
   RBM_KERNELS_CPU, RBM_KERNELS_CUDA   auto (default): build the module if that is possible,
                                       0: leave it out, 1: fail where it cannot be built.
+  RBM_KERNELS_CUDA_EMULATED           1: build the CUDA kernels for a CPU too, as a module that only
+                                      tests use (0, the default: do not).
   RBM_KERNELS_CUDA_ARCHS              compute capabilities, such as "80;90" (the default).
   CXX, CXXFLAGS, LDFLAGS              the C++ compiler and further flags.
   CUDA_HOME, NVCC                     where the CUDA toolkit is, if nvcc is not on PATH.
@@ -16,6 +18,7 @@ Environment variables:
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -115,6 +118,15 @@ def accepts(cxx: list[str], flags: list[str], text: str = "int main() { return 0
         source.write_text(text)
         output = str(Path(folder, "probe.so"))
         return run([*cxx, *flags, "-fPIC", "-shared", str(source), "-o", output]).returncode == 0
+
+
+def runs(cxx: list[str], flags: list[str], text: str) -> bool:
+    """Whether a program compiled with these flags ends with status 0 here."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder, "probe.cpp"), str(Path(folder, "probe"))
+        source.write_text(text)
+        compiled = run([*cxx, *flags, str(source), "-o", program]).returncode == 0
+        return compiled and run([program]).returncode == 0
 
 
 def python_includes() -> list[str]:
@@ -237,16 +249,28 @@ def cuda_archs() -> list[str]:
     return archs
 
 
+CUDA_FOLDER = ROOT / "csrc" / "cuda"
+
+
+def cuda_sources() -> list[Path]:
+    """The kernels of csrc/cuda.
+
+    Raises:
+        Unavailable: if there are none.
+    """
+    kernels = sorted(CUDA_FOLDER.glob("*.cu"))
+    if not kernels:
+        raise Unavailable("csrc/cuda holds no sources")
+    return kernels
+
+
 def plan_cuda(objects: Path, output: Path) -> Plan:
     """The steps that make rbm_kernels/_cuda.
 
     Raises:
         Unavailable: if there is nothing to build it with, or from.
     """
-    folder = ROOT / "csrc" / "cuda"
-    kernels = sorted(folder.glob("*.cu"))
-    if not kernels:
-        raise Unavailable("csrc/cuda holds no sources")
+    kernels = cuda_sources()
     archs = cuda_archs()
     nvcc = find_nvcc()
     library = cuda_library_folder(nvcc)
@@ -259,7 +283,9 @@ def plan_cuda(objects: Path, output: Path) -> Plan:
     hopper = ["-gencode=arch=compute_90a,code=sm_90a"]
     host = ["-ccbin", cxx[0]] if os.environ.get("CXX") and len(cxx) == 1 else []
     steps = []
-    for source in sorted(folder.glob("*.cpp")):
+    for source in sorted(CUDA_FOLDER.glob("*.cpp")):
+        if source.stem.startswith("emulated"):
+            continue
         flags = [include, *python_includes()] if source.name == "module.cpp" else [include]
         steps.append(compile_cxx(cxx, flags, source, objects / f"{source.stem}.o"))
     for source in kernels:
@@ -277,6 +303,29 @@ def plan_cuda(objects: Path, output: Path) -> Plan:
     version = [line for line in run([nvcc, "--version"]).stdout.splitlines() if "release" in line]
     info = {"compiler": first_line("\n".join(version)), "architectures": archs}
     return Plan(steps, link, info)
+
+
+def plan_cuda_emulated(objects: Path, output: Path) -> Plan:
+    """The steps that make rbm_kernels/_cuda_emulated: the kernels as C++ for this machine's CPU.
+
+    Raises:
+        Unavailable: if there is nothing to build it with, or from.
+    """
+    cxx = find_cxx()
+    flags = ["-DRBM_EMULATED", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc' / 'include'}"]
+    # For std::fma as one instruction. The module is run where it was built.
+    runs_here = 'int main() { return __builtin_cpu_supports("fma") ? 0 : 1; }\n'
+    if platform.machine() in X86 and runs(cxx, ["-mfma"], runs_here):
+        flags.append("-mfma")
+    steps = []
+    for source in [*cuda_sources(), *sorted(CUDA_FOLDER.glob("*.cpp"))]:
+        includes = python_includes() if source.name == "module.cpp" else []
+        language = ["-x", "c++"] if source.suffix == ".cu" else []
+        target = objects / f"{source.name}.o"
+        steps.append(compile_cxx(cxx, [*flags, *includes, *language], source, target))
+    link = [*cxx, *shared_library_flags(), *shlex.split(os.environ.get("LDFLAGS", ""))]
+    link += ["-o", str(output), *(step.output for step in steps)]
+    return Plan(steps, link, {"compiler": first_line(run([*cxx, "--version"]).stdout)})
 
 
 def find_ninja() -> str:
@@ -336,7 +385,34 @@ def execute(plan: Plan, output: Path, objects: Path) -> None:
         raise Unavailable("compilation failed (the compiler's words are above; pip install -v)")
 
 
-PLANS = {"_cpu": plan_cpu, "_cuda": plan_cuda}
+def kernel_resources(logs: list[str]) -> list[dict[str, Any]]:
+    """What ptxas told of each kernel and architecture: registers, and bytes spilled to memory."""
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    found = [match for log in logs for match in pattern.findall(Path(log).read_text())]
+    names = run(["c++filt", *(mangled for mangled, *_ in found)]).stdout.splitlines()
+    if len(names) != len(found):  # there is no c++filt here
+        names = [mangled for mangled, *_ in found]
+    return [
+        {
+            "kernel": re.sub(
+                r"^.*?(\w+(<[^()]*>)?)\(.*$", r"\1", name.replace("(anonymous namespace)", "")
+            ),
+            "architecture": architecture,
+            "registers": int(registers),
+            "stack_bytes": int(stack),
+            "spill_bytes": int(stores) + int(loads),
+        }
+        for name, (_, architecture, stack, stores, loads, registers) in zip(
+            names, found, strict=True
+        )
+    ]
+
+
+PLANS = {"_cpu": plan_cpu, "_cuda": plan_cuda, "_cuda_emulated": plan_cuda_emulated}
 
 
 class BuildNative(build_ext):
@@ -352,7 +428,7 @@ class BuildNative(build_ext):
         package.mkdir(parents=True, exist_ok=True)
         for name in PLANS:
             # A module of an earlier build must not stand in for one that could not be built now.
-            if not self.record[name.lstrip("_")]["built"]:
+            if not self.record.get(name.lstrip("_"), {"built": False})["built"]:
                 Path(self.get_ext_fullpath(f"rbm_kernels.{name}")).unlink(missing_ok=True)
         text = json.dumps(self.record, indent=2, sort_keys=True)
         (package / "_build_info.json").write_text(text + "\n")
@@ -369,8 +445,11 @@ class BuildNative(build_ext):
             objects.mkdir(parents=True, exist_ok=True)
             plan = PLANS[name](objects, output)
             execute(plan, output, objects)
-            report = {"built": True, "reason": None, **plan.info}
             details = ", ".join(f"{key}={value}" for key, value in plan.info.items())
+            logs = [step.log for step in plan.steps if step.log]
+            if logs:
+                plan.info["kernels"] = kernel_resources(logs)
+            report = {"built": True, "reason": None, **plan.info}
             print(f"rbm-kernels: built {ext.name}: {details}", flush=True)
         except Unavailable as reason:
             if wanted == "1":
@@ -386,12 +465,12 @@ class BuildNative(build_ext):
 
 
 setting("RBM_KERNELS_CPU"), setting("RBM_KERNELS_CUDA")
+modules = ["_cpu", "_cuda"]
+if setting("RBM_KERNELS_CUDA_EMULATED") == "1":
+    modules.append("_cuda_emulated")
 
 setup(
-    ext_modules=[
-        # Without sources: BuildNative knows them. Optional: a build that leaves one out succeeds.
-        Extension("rbm_kernels._cpu", sources=[], optional=True),
-        Extension("rbm_kernels._cuda", sources=[], optional=True),
-    ],
+    # Without sources: BuildNative knows them. Optional: a build that leaves one out succeeds.
+    ext_modules=[Extension(f"rbm_kernels.{name}", sources=[], optional=True) for name in modules],
     cmdclass={"build_ext": BuildNative},
 )

@@ -93,10 +93,9 @@ struct Launch {
   cudaStream_t stream = nullptr;
 };
 
-// Puts a kernel on a stream; a cudaError_t, 0 where it was launched.
-template <class... P, class... A>
-int launch(void (*kernel)(P...), const Launch& l, A&&... arguments) {
-  const void* function = reinterpret_cast<const void*>(kernel);
+// What the runtime wants to know for a launch; `attribute` must outlive `config`.
+inline cudaError_t configure(const void* function, const Launch& l, cudaLaunchConfig_t& config,
+                             cudaLaunchAttribute& attribute) {
   cudaError_t status = cudaSuccess;
   if (l.shared_bytes > 48 * 1024) {
     status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -105,13 +104,10 @@ int launch(void (*kernel)(P...), const Launch& l, A&&... arguments) {
   if (status == cudaSuccess && l.cluster > 8) {
     status = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
-  if (status != cudaSuccess) return status;
-  cudaLaunchConfig_t config{};
   config.gridDim = l.grid;
   config.blockDim = l.block;
   config.dynamicSmemBytes = l.shared_bytes;
   config.stream = l.stream;
-  cudaLaunchAttribute attribute{};
   if (l.cluster > 1) {
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = l.cluster;
@@ -119,6 +115,16 @@ int launch(void (*kernel)(P...), const Launch& l, A&&... arguments) {
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
+  return status;
+}
+
+// Puts a kernel on a stream; a cudaError_t, 0 where it was launched.
+template <class... P, class... A>
+int launch(void (*kernel)(P...), const Launch& l, A&&... arguments) {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+  cudaError_t status = configure(reinterpret_cast<const void*>(kernel), l, config, attribute);
+  if (status != cudaSuccess) return status;
   status = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
   return status == cudaSuccess ? cudaGetLastError() : status;
 }

@@ -32,6 +32,17 @@ RBM_DEVICE void store_remote(uint32_t remote, uint32_t value) {
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote), "r"(value) : "memory");
 }
 
+// How many clusters of such a launch the device can run at a time; a cudaError_t.
+template <class... P>
+int resident_clusters(void (*kernel)(P...), const Launch& l, int& clusters) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+  const cudaError_t status = configure(function, l, config, attribute);
+  if (status != cudaSuccess) return status;
+  return cudaOccupancyMaxActiveClusters(&clusters, function, &config);
+}
+
 // mbarriers: a phase ends when all arrivals and all announced bytes have come.
 RBM_DEVICE void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
