@@ -11,7 +11,10 @@ SOURCES := setup.py pyproject.toml MANIFEST.in constraints.txt \
 	$(shell find csrc rbm_kernels blip_integration -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 # Without the simd_*.h: tables of one-line functions that a formatter makes unreadable.
-NATIVE_SOURCES := find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -not -name 'simd_*'
+NATIVE_SOURCES := find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -not -name 'simd_*'
+
+OPERATION_TESTS := test_sample.py test_gibbs.py test_free_energy.py test_cd.py test_bitwise.py \
+	test_operators.py test_inputs.py
 
 .PHONY: demo test lint format bench clean
 
@@ -22,8 +25,10 @@ NATIVE_SOURCES := find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -not -n
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[train]"
 	touch $@
 
+# With the CUDA kernels compiled for the CPU as well, which is how they are tested without a GPU.
 .venv/test.stamp: .venv/bin/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[train,test]"
+	RBM_KERNELS_CUDA_EMULATED=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt ".[train,test]"
 	touch $@ .venv/train.stamp
 
 .venv/bench.stamp: .venv/bin/python $(SOURCES)
@@ -49,9 +54,12 @@ format: .venv/test.stamp
 
 # From tests/, so that neither pytest nor a Python that a test starts finds this folder's rbm_kernels
 # in its current directory: what is tested is the installed package.
+# Then the tests of the CUDA backend once more, with the kernels emulated.
 test: lint
 	$(BIN)/rbm-kernels info
 	cd tests && ../$(BIN)/pytest -q --durations=10
+	cd tests && RBM_KERNELS_CUDA_EMULATED=1 ../$(BIN)/pytest -q --durations=10 -k cuda \
+		test_backends.py test_cuda.py $(OPERATION_TESTS)
 
 bench: .venv/bench.stamp
 	$(BIN)/pytest benchmarks

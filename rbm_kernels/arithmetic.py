@@ -167,7 +167,7 @@ def normal(words: Tensor) -> Tensor:
     odd = (k & 1).bool()
     cos = torch.where(odd, s, c) * torch.where(((k + 1) & 2).bool(), -1.0, 1.0)
     sin = torch.where(odd, c, s) * torch.where((k & 2).bool(), -1.0, 1.0)
-    return torch.stack((radius * cos, radius * sin), dim=2).reshape(words.shape[0], -1)
+    return torch.stack((radius * cos, radius * sin), dim=2).flatten(1)
 
 
 def scale_of(largest: Tensor, limbs: int) -> Tensor:

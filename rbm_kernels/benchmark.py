@@ -139,8 +139,8 @@ def _compiled(operation: str, k: int) -> Callable[..., object]:
     return step
 
 
-def _products(operation: str, k: int) -> Callable[..., None]:
-    """The bare float32 matrix products of an operation: no implementation in float32 is faster."""
+def products(operation: str, k: int) -> Callable[..., None]:
+    """The bare matrix products of an operation: no implementation in their dtype is faster."""
 
     def run(v: Tensor, W: Tensor, h: Tensor, grad: Tensor) -> None:
         if operation == "free_energy":
@@ -225,19 +225,23 @@ def interleave(
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one shape: ``cd_step``, ``gibbs_sample`` or ``free_energy``."""
+    """One operation at one shape: ``cd_step``, ``gibbs_sample`` or ``free_energy``.
+
+    With ``chains``, a CD step advances so many persistent chains instead of starting from the data.
+    """
 
     operation: str
     batch: int
     n_visible: int
     n_hidden: int
     k: int = 1
+    chains: int = 0
 
     @property
     def label(self) -> str:
         """The operation in words, e.g. ``CD-10``."""
         if self.operation == "cd_step":
-            return f"CD-{self.k}"
+            return f"PCD-{self.k}" if self.chains else f"CD-{self.k}"
         if self.operation == "gibbs_sample":
             return "1 sweep" if self.k == 1 else f"{self.k} sweeps"
         return "free energy"
@@ -246,6 +250,41 @@ class Case:
     def shape(self) -> str:
         """``B x V x H``."""
         return f"{self.batch} x {self.n_visible} x {self.n_hidden}"
+
+    @property
+    def unit_updates(self) -> int:
+        """Units drawn by one call, of both layers ("flips")."""
+        if self.operation == "free_energy":
+            return 0
+        return (self.chains or self.batch) * self.k * (self.n_visible + self.n_hidden)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products that one call cannot do without.
+
+        A CD step needs p(h|v) of the data and of v_k and one product for each phase of the
+        gradient; chains that start from the data share their first product with p(h|v).
+        """
+        product = 2 * self.n_visible * self.n_hidden  # for one row
+        if self.operation == "free_energy":
+            return product * self.batch
+        chains = self.chains or self.batch
+        if self.operation == "gibbs_sample":
+            return product * chains * 2 * self.k
+        shared = 0 if self.chains else self.batch
+        return product * (chains * (2 * self.k + 2) + 2 * self.batch - shared)
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes moved if each float32 input is read once and each output written once."""
+        parameters = self.n_visible * self.n_hidden + self.n_visible + self.n_hidden
+        states = self.batch * self.n_visible
+        if self.operation == "free_energy":
+            return 4 * (states + parameters + self.batch)
+        if self.operation == "gibbs_sample":
+            return 4 * (2 * states + parameters)
+        chains = self.chains * self.n_visible
+        return 4 * (states + 2 * parameters + (2 * chains or states))
 
 
 @dataclass
@@ -359,7 +398,7 @@ def build_variants(
         finally:
             torch.set_float32_matmul_precision("highest")
 
-    products = _products(case.operation, k)
+    bare = products(case.operation, k)
     variants: dict[str, Call] = {"naive": fastest, "naive medium": medium}
     if compile:
         compiled = _compiled(case.operation, k)
@@ -368,7 +407,7 @@ def build_variants(
             variants["compile"] = lambda: compiled(v, W, b, c)
         except Exception as error:  # no C++ compiler, or one that inductor cannot use
             _log.warning("torch.compile is left out of the table: %s", error)
-    variants["products"] = lambda: products(v, W, hidden, grad)
+    variants["products"] = lambda: bare(v, W, hidden, grad)
     for precision in PRECISIONS:
         variants[precision] = ours(precision)
     return variants, prepare, baseline, tried

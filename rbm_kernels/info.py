@@ -42,7 +42,12 @@ def build_info() -> dict[str, Any]:
 
 
 def why_missing(name: str, error: ImportError) -> str:
-    """Why the native module `name` ("cpu" or "cuda") did not import, by the record of the build."""
+    """Why the native module `name` did not import, by the record of the build.
+
+    Args:
+        name: "cpu", "cuda" or "cuda_emulated".
+        error: what the import raised.
+    """
     record = build_info().get(name, {})
     if record.get("built"):
         return f"rbm_kernels._{name} was built, but does not import: {error}"
@@ -71,6 +76,17 @@ def backend_status(name: str) -> str | None:
     return None if reason is None else str(reason)
 
 
+def _takes_cpu_tensors(name: str) -> bool:
+    """Whether a GPU backend runs on the CPU here: the emulated build, Triton's interpreter."""
+    try:
+        import torch
+
+        module = importlib.import_module(f"rbm_kernels.backends.{name}")
+        return module.runs_on(torch.device("cpu")) is None
+    except Exception:
+        return False
+
+
 def _installed(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
@@ -83,11 +99,26 @@ def _torch_lines() -> list[str]:
         import torch
     except Exception as error:
         return [f"  torch does not import: {type(error).__name__}: {error}"]
-    cuda = torch.version.cuda or "no CUDA"
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     return [
         f"  torch is built with {cuda}; {torch.get_num_threads()} threads; "
         f"float32 matmul precision {torch.get_float32_matmul_precision()}"
     ]
+
+
+def _gpu_lines() -> list[str]:
+    try:
+        import torch
+
+        found = range(torch.cuda.device_count())
+        devices = [torch.cuda.get_device_properties(number) for number in found]
+    except Exception as error:
+        return [f"  unknown: {type(error).__name__}: {error}"]
+    return [
+        f"  cuda:{number} is {device.name}, compute capability {device.major}.{device.minor}, "
+        f"{device.multi_processor_count} multiprocessors, {device.total_memory / 2**30:.1f} GiB"
+        for number, device in enumerate(devices)
+    ] or ["  none that torch sees"]
 
 
 def _module_lines(name: str, record: dict[str, Any]) -> list[str]:
@@ -102,8 +133,8 @@ def _module_lines(name: str, record: dict[str, Any]) -> list[str]:
         for isa, reason in built.get("instruction_sets_left_out", {}).items():
             lines.append(f"    without {isa}: {reason}")
         lines.append(f"    OpenMP: {'yes' if built.get('openmp') else 'no, one thread'}")
-    else:
-        lines.append(f"    architectures: {', '.join(built.get('architectures', []))}")
+    if "architectures" in built:
+        lines.append(f"    architectures: {', '.join(built['architectures'])}")
     return lines
 
 
@@ -132,12 +163,22 @@ def report() -> str:
     if record:
         lines.append(f"  with Python {record.get('python')} on {record.get('platform')}")
     lines += _module_lines("cpu", record) + _module_lines("cuda", record)
+    if "cuda_emulated" in record:
+        lines += _module_lines("cuda_emulated", record)
     lines += ["", "Processor", *_processor_lines()]
+    lines += ["", "GPUs", *_gpu_lines()]
     lines += ["", "Backends"]
     for name in _BACKENDS:
         reason = backend_status(name)
-        lines.append(f"  {name}: {'can run' if reason is None else f'cannot run: {reason}'}")
-    variables = [name for name in sorted(os.environ) if name.startswith("RBM_KERNELS_")]
+        words = "can run" if reason is None else f"cannot run: {reason}"
+        if reason is None and name in ("triton", "cuda") and _takes_cpu_tensors(name):
+            words += ", on CPU tensors (emulated, for tests)"
+        lines.append(f"  {name}: {words}")
+    variables = [
+        name
+        for name in sorted(os.environ)
+        if name.startswith("RBM_KERNELS_") or name == "TRITON_INTERPRET"
+    ]
     if variables:
         lines += ["", "Environment", *(f"  {name}={os.environ[name]}" for name in variables)]
     return "\n".join(lines)

@@ -55,7 +55,12 @@ def resolve(
     for value in pair:
         if not -_LIMIT <= value < _LIMIT:
             raise ValueError(f"{name}: seed and offset must fit in 64 bits, got {value}")
-    return torch.tensor(pair, dtype=torch.int64, device=device)
+    if device.type == "cpu":
+        return torch.tensor(pair, dtype=torch.int64)
+    # Filled on the device: a copy from host memory would wait for it, and end a graph capture.
+    key = torch.full((2,), pair[1], dtype=torch.int64, device=device)
+    key[0].fill_(pair[0])
+    return key
 
 
 def advance(seed: Seed | None, half_sweeps: int) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import support
 import torch
+
+from rbm_kernels.ops import cd, free_energy, gibbs, sample
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -18,3 +21,13 @@ def poisoned_outputs() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def backends_on_the_gpu() -> Iterator[None]:
+    """Where there is a GPU, tests name its backends with CPU tensors; see support.Moved."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cd, free_energy, gibbs, sample):
+            if support.ON_GPU:
+                patch.setattr(module, "select", support.on_the_gpu(module.select))
+        yield

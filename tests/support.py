@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import rbm_kernels as rk
+from rbm_kernels import backends
 
 # A correct sampler fails a test below this p-value once in a million fixed seeds.
 P_VALUE = 1e-6
@@ -29,19 +32,84 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-def _backends() -> list[Any]:
-    params = []
-    for name in ("reference", "cpu"):
-        reason = unavailable(name) if name != "reference" else None
-        mark = pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")
-        params.append(pytest.param(name, marks=mark))
-    return params
+def why_not_on(backend: str, device: str) -> str | None:
+    """Why the GPU backend `backend` cannot take tensors of this device, or None."""
+    module = backends.BACKENDS[backend]
+    reason: str | None = module.unavailable_reason()
+    return reason or module.runs_on(torch.device(device))
 
 
 CPU_RUNS = unavailable("cpu") is None
-BACKENDS = _backends()
+# GPU backends that run here: on the tests' own tensors where they are emulated (the emulated build,
+# Triton's interpreter), and otherwise on a GPU, to which `on_the_gpu` moves a call.
+EMULATED = [name for name in ("triton", "cuda") if why_not_on(name, "cpu") is None]
+ON_GPU = [
+    name for name in ("triton", "cuda") if name not in EMULATED and not why_not_on(name, "cuda:0")
+]
+GPU_BACKENDS = [*EMULATED, *ON_GPU]
+
+_cpu_mark = pytest.mark.skipif(not CPU_RUNS, reason=f"cpu: {unavailable('cpu')}")
+BACKENDS = ["reference", pytest.param("cpu", marks=_cpu_mark), *GPU_BACKENDS]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 needs_cpu = pytest.mark.skipif(not CPU_RUNS, reason=f"cpu backend: {unavailable('cpu')}")
+
+
+class Moved:
+    """A backend whose calls run on another device: arguments go there and results come back.
+
+    Whole storages travel, so that strides stay what they were and a write beside a strided buffer
+    shows. What a call writes into its arguments (`out`) is written back into them.
+    """
+
+    def __init__(self, module: ModuleType, device: str) -> None:
+        self._module, self._device = module, device
+
+    def __getattr__(self, name: str) -> Any:
+        operation = getattr(self._module, name)
+        if not callable(operation):
+            return operation
+
+        def call(*arguments: Any) -> Any:
+            storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+            originals: dict[int, Tensor] = {}
+
+            def there(t: Any) -> Any:
+                if not isinstance(t, Tensor):
+                    return t
+                here = t.untyped_storage()
+                if here._cdata not in storages:
+                    copy = torch.UntypedStorage(here.nbytes(), device=self._device).copy_(here)
+                    storages[here._cdata] = (here, copy)
+                moved = torch.empty(0, dtype=t.dtype, device=self._device)
+                moved.set_(storages[here._cdata][1], t.storage_offset(), t.shape, t.stride())
+                originals[id(moved)] = t
+                return moved
+
+            def back(t: Any) -> Any:
+                if id(t) in originals:
+                    return originals[id(t)]
+                return t.cpu() if isinstance(t, Tensor) else t
+
+            moved = tree_map(there, arguments)
+            result = tree_map(back, operation(*moved))
+            for here, copy in storages.values():
+                here.copy_(copy)
+            return result
+
+        return call
+
+
+def on_the_gpu(select: Callable[..., ModuleType]) -> Callable[..., Any]:
+    """`select` for tests whose tensors are on the CPU: backends of `ON_GPU` run on the GPU."""
+
+    def chosen(
+        operation: str, backend: str | None, device: torch.device, dtype: torch.dtype
+    ) -> Any:
+        if backend in ON_GPU and device.type == "cpu":
+            return Moved(select(operation, backend, torch.device("cuda:0"), dtype), "cuda:0")
+        return select(operation, backend, device, dtype)
+
+    return chosen
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +128,11 @@ def draws(n: int, backend: str) -> int:
     """How many chains a statistical test takes: n, or a sixth on the plain PyTorch backend.
 
     The reference is an order of magnitude slower, and test_bitwise.py shows that it draws what cpu
-    draws; where there is no cpu backend it does all the work itself.
+    draws; where there is no cpu backend it does all the work itself. Emulated kernels are slower
+    still, and compared in the same way.
     """
-    return n // 6 // 12 * 12 if backend == "reference" and CPU_RUNS else n
+    slow = backend in EMULATED or (backend == "reference" and CPU_RUNS)
+    return n // 6 // 12 * 12 if slow else n
 
 
 def assert_chi_square(counts: Tensor, p: Tensor, min_expected: float = 20.0) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from support import needs_cpu
+from torch.utils.flop_counter import FlopCounterMode
 
 from rbm_kernels import benchmark as bench
 from rbm_kernels import cd_step, free_energy
@@ -53,6 +59,41 @@ def test_naive_gibbs_samples_the_conditionals(draw):
     torch.testing.assert_close(drawn.mean(0), expected, rtol=0, atol=0.02)
 
 
+def counted_flops(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_work_of_a_case(k):
+    """Operations as torch counts them in the baseline; bytes and draws by the tensors' sizes."""
+    v, W, b, c = make_model()
+    chains = v[:5].clone()
+    hidden, grad = torch.empty(9, 4), torch.empty(6, 4)
+    size = {"batch": 9, "n_visible": 6, "n_hidden": 4}
+    cd = bench.Case("cd_step", **size, k=k)
+    pcd = bench.Case("cd_step", **size, k=k, chains=5)
+    gibbs = bench.Case("gibbs_sample", **size, k=k)
+    energy = bench.Case("free_energy", **size)
+    in_place = [2 * rows * 6 * 4 for rows in (9, 5)]  # addmm_ of the chains, which torch misses
+    assert cd.flops == counted_flops(lambda: bench.naive_cd_step(v, W, b, c, k)) + in_place[0]
+    assert cd.flops == counted_flops(lambda: bench.products("cd_step", k)(v, W, hidden, grad))
+    persistent = counted_flops(lambda: bench.naive_cd_step(v, W, b, c, k, chains))
+    assert pcd.flops == persistent + in_place[1]
+    assert gibbs.flops == counted_flops(lambda: bench.naive_gibbs(v, W, b, c, k))
+    assert energy.flops == counted_flops(lambda: torch.addmm(c, v, W))
+    assert (cd.unit_updates, pcd.unit_updates, gibbs.unit_updates, energy.unit_updates) == (
+        9 * k * 10, 5 * k * 10, 9 * k * 10, 0,
+    )  # fmt: skip
+    parameters = sum(t.numel() for t in (W, b, c))
+    assert cd.least_bytes == 4 * (2 * v.numel() + 2 * parameters)
+    assert pcd.least_bytes == 4 * (v.numel() + 2 * chains.numel() + 2 * parameters)
+    assert gibbs.least_bytes == 4 * (2 * v.numel() + parameters)
+    assert energy.least_bytes == 4 * (v.numel() + parameters + 9)
+    assert (cd.label, pcd.label) == (f"CD-{k}", f"PCD-{k}")
+
+
 def test_naive_free_energy():
     v, W, b, c = make_model()
     torch.testing.assert_close(bench.naive_free_energy(v, W, b, c), free_energy(v, W, b, c))
@@ -96,3 +137,69 @@ def test_environment_names_what_a_figure_needs():
     found = bench.environment()
     assert {"cpu", "torch", "commit", "rbm_kernels", "date"} <= set(found)
     assert all(isinstance(value, str) and value for value in found.values())
+
+
+@pytest.fixture
+def bench_gpu(monkeypatch: pytest.MonkeyPatch):
+    """benchmarks/bench_gpu.py, which is no part of the package."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("bench_gpu")
+
+
+def test_without_a_gpu_nothing_is_measured(bench_gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench_gpu.main([str(tmp_path)]) == 0
+    assert "no CUDA device" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@needs_cpu
+def test_dry_run_of_the_gpu_benchmark(bench_gpu, tmp_path, capsys):
+    settings = (torch.get_num_threads(), torch.get_float32_matmul_precision())
+    assert bench_gpu.main(["--dry-run", "--seconds", "0", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "bench_gpu.json").read_text())
+    assert list(found["lines"]) == list(bench_gpu.LINES)
+    for word, line in found["lines"].items():
+        assert not line["left_out"], line["left_out"]
+        if word not in ("memory", "regimes"):
+            assert {"naive", "cpu high", "cpu highest"} <= set(line["timings"])
+            assert all(t["p20"] <= t["p50"] <= t["p80"] for t in line["timings"].values())
+            assert line["targets"] and all(t["value"] > 0 for t in line["targets"])
+        if word in ("sampling", "small", "large"):
+            assert line["equals_cpu"] == {"cpu high": True, "cpu highest": True}
+    training = found["lines"]["training"]["figures"]["cpu high, captured"]
+    updates, seconds = training["measured updates"], training["measured seconds"]
+    assert updates == bench_gpu.TINY.updates
+    assert training["extrapolated seconds"] == pytest.approx(seconds / updates * 97_500)
+    assert "of floor" in capsys.readouterr().out
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == settings
+
+
+def test_a_backend_that_draws_other_bits_is_not_timed(bench_gpu, monkeypatch, tmp_path):
+    step = bench_gpu.rbm_kernels.cd_step
+
+    def wrong(*arguments, precision, seed, **keywords):
+        return step(*arguments, precision="high", seed=next(numbers), **keywords)
+
+    numbers = iter(range(10**6))
+    monkeypatch.setattr(bench_gpu.rbm_kernels, "cd_step", wrong)
+    assert bench_gpu.main(["--dry-run", "--only", "small", "--seconds", "0", str(tmp_path)]) == 1
+    line = json.loads((tmp_path / "bench_gpu.json").read_text())["lines"]["small"]
+    assert set(line["timings"]) == {"naive", "naive TF32"}
+    assert set(line["left_out"]) == {"cpu high", "cpu highest"}
+
+
+def test_ratios_floor_and_targets(bench_gpu):
+    case = bench.Case("cd_step", 128, 784, 500)
+    line = bench_gpu.Line("a line", case)
+    for name, seconds in (("ours", 2.0), ("naive", 30.0), ("graph", 8.0)):
+        line.timings[name] = bench.summarise([seconds])
+    assert line.ratio("ours", ["naive"]) == 15.0
+    assert line.ratio("ours", ["naive", "graph", "missing"]) == 4.0
+    assert line.ratio("ours", ["missing"]) is None and line.ratio("missing", ["naive"]) is None
+    for value, most in ((15.0, False), (15.0, True), (None, False)):
+        line.aim("times naive", value, 10.0, most)
+    assert [target.met for target in line.targets] == [True, False]
+    rates = {"bf16 operations per second": 1e15, "copy bytes per second": 1e9}
+    assert bench_gpu.floor_seconds(case, rates) == case.least_bytes / 1e9
+    rates = {"bf16 operations per second": 1e9, "copy bytes per second": 1e15}
+    assert bench_gpu.floor_seconds(case, rates) == case.flops / 1e9

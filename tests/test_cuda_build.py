@@ -28,7 +28,7 @@ def test_no_kernel_of_the_build_spills_registers() -> None:
 
 
 def _other_architectures() -> list[str]:
-    """Those that the build leaves to the code of sm_80 and the PTX of sm_90, where nvcc has them."""
+    """Those left to the code of sm_80 and the PTX of sm_90, as far as nvcc has them."""
     if shutil.which("nvcc") is None:
         return []
     listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout

@@ -1,19 +1,12 @@
 #include "states.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 namespace rbm {
 namespace {
 
 constexpr uint32_t kInfinity = 0x7f800000u;
-
-float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
 
 // Transposes an 8x8 bit matrix held one row a byte (Warren, Hacker's Delight, section 7-3).
 uint64_t transpose8(uint64_t x) {
@@ -72,17 +65,6 @@ bool read_states(const Input& input, const Call& call, States& out) {
     finite = call.kernels->largest(row, input.units) < kInfinity && finite;
   }
   return finite;
-}
-
-float scale_of(uint32_t largest_bits, int limbs) {
-  const float largest = bits_to_float(largest_bits);
-  if (largest == 0.0f) return 1.0f;
-  const double fits = limbs == 3 ? 127.0 * 65793.0 : 127.0 * 257.0;
-  int exponent;
-  std::frexp(largest, &exponent);
-  exponent = std::max(exponent - (8 * limbs - 1), -120);
-  if (std::nearbyint(std::ldexp(static_cast<double>(largest), -exponent)) > fits) ++exponent;
-  return std::ldexp(1.0f, exponent);
 }
 
 uint32_t largest_of(const Matrix& matrix, const Call& call) {

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "rbm/fixed_point.h"
 
 namespace rbm {
 
@@ -78,9 +79,6 @@ struct States {
 
 // Reads the caller's states. False if some are not finite.
 bool read_states(const Input& input, const Call& call, States& out);
-
-// The power of two that makes largest / scale fit in `limbs` signed base-256 digits.
-float scale_of(uint32_t largest_bits, int limbs);
 
 // Largest magnitude of a matrix as float bits; 0x7f800000 or more if it is not finite.
 uint32_t largest_of(const Matrix& matrix, const Call& call);

@@ -9,8 +9,8 @@ namespace rbm::cuda {
 struct Chain {
   int64_t rows;
   int n_visible, n_hidden;
-  int64_t sweeps;
-  const uint32_t* start;  // [rows][words_of(n_visible)]
+  int64_t sweeps;         // at least 1
+  const uint32_t* start;  // [rows][words_of(n_visible)], units that keep a value at that value
   Guard guard;
 
   Planes to_hidden;   // the weights as HalfSweep wants them for v -> h: rows hidden, terms visible
@@ -43,11 +43,13 @@ struct Chain {
 
 // Whether the weights fit into one block's shared memory of that many bytes.
 bool chain_fits(int n_visible, int n_hidden, int digits, int shared_bytes);
+// On any GPU from sm_80. A cudaError_t: cudaErrorInvalidValue where the weights do not fit.
 int chain(const Chain& a, int digits, cudaStream_t stream);
 
-// The weights spread over the blocks of a cluster (chain_sm90a.cu). How many blocks a model needs:
-// 1, 2, 4, 8 or 16, or 0 where it does not fit into 16.
+// The weights spread over the blocks of a cluster (chain_sm90a.cu). How many blocks it takes to
+// hold them and 128 chains: 1, 2, 4, 8 or 16, or 0 where not even 16 do.
 int chain_sm90a_cluster(int n_visible, int n_hidden, int digits, int shared_bytes);
+// With that many blocks or more, on sm_90 only. A cudaError_t as above.
 int chain_sm90a(const Chain& a, int digits, int cluster, cudaStream_t stream);
 
 }  // namespace rbm::cuda

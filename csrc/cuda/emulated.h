@@ -157,6 +157,7 @@ inline void proxy_fence() {}
 void wgmma_fence();
 void wgmma_commit();
 template <int n> void wgmma_wait() { emulated::wgmma_wait(n); }
+template <int n> void wgmma_results(int32_t (&)[n]) {}
 uint64_t matrix_descriptor(const void* shared, uint32_t leading, uint32_t stride);
 template <int N, bool b_signed>
 void wgmma_registers(int32_t (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {

@@ -27,13 +27,15 @@ RBM_DEVICE void random_words(uint32_t (&words)[4], const HalfSweepKey& key, uint
   philox4x32(words, key.key0, key.key1);
 }
 
-// Which of four Bernoulli units are on, from their e = exp(-x).
+// Which of four Bernoulli units are on, from their e = exp(-x): where threshold(u, e) < 1, here
+// with both sides times 2^24, which is exact and spares scaling u.
 RBM_DEVICE uint32_t draw_four(const float (&e)[4], const uint32_t (&words)[4]) {
   uint32_t nibble = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float u = uniform<float>(static_cast<int32_t>(words[i]));
-    nibble |= (threshold(u, e[i]) < 1.0f ? 1u : 0u) << i;
+  for (int i = 3; i >= 0; --i) {
+    const float u = to_float(shift_right_logical<8>(static_cast<int32_t>(words[i])));
+    const float above = sub(threshold(u, e[i]), 16777216.0f);
+    nibble = nibble << 1 | static_cast<uint32_t>(as_int(above)) >> 31;  // its sign
   }
   return nibble;
 }
@@ -76,7 +78,7 @@ RBM_DEVICE bool aligned16(const void* pointer) {
 // of 32) into what `a` asks for. sum(g, s, i) is the rounded sum of the thread's slot s and unit i.
 template <int digits, bool real, class Sum>
 RBM_DEVICE void finish_half_sweep(const HalfSweep& a, int64_t row0, int64_t unit0, const Sum& sum) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, r = lane / 4, q = lane % 4;
+  const int lane = static_cast<int>(threadIdx.x % 32), r = lane / 4, q = lane % 4;
   HalfSweepKey key{};
   if (a.draw != Draw::none) key = key_of(a.seed, a.half_sweep);
   const float weight_scale = *a.weight_scale;
@@ -166,7 +168,8 @@ RBM_DEVICE void finish_half_sweep(const HalfSweep& a, int64_t row0, int64_t unit
         for (int i = 0; i < 4; ++i) {
           if (i >= count) continue;
           const float p = sigmoid_of_exp(e[i]);
-          if (a.means != nullptr) a.means[at + i] = p;
+          // exp_neg would hide a NaN.
+          if (a.means != nullptr) a.means[at + i] = x[i] == x[i] ? p : x[i];
           if (a.statistics.data == nullptr) continue;
           const uint32_t fixed = fixed_probability<digits>(p);
           fixed_sums[i] += fixed;

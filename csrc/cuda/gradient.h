@@ -26,6 +26,8 @@ struct Gradient {
   const double* visible_totals[2];            // or sums of real values; used where `real`
   const unsigned long long* hidden_sums[2];   // [n_hidden] of data and chains
 
+  const float* one;  // [1]: 1, or NaN, which makes all gradients NaN; or null
+
   float* grad_W;  // [n_visible, n_hidden], row stride grad_stride
   int64_t grad_stride;
   float* grad_b;  // [n_visible]

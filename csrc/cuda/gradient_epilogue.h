@@ -10,13 +10,15 @@ RBM_DEVICE void store_gradient(float* place, float value, bool accumulate) {
   *place = accumulate ? add(*place, value) : value;
 }
 
+RBM_DEVICE float one_of(const Gradient& a) { return a.one == nullptr ? 1.0f : *a.one; }
+
 // Four neighbouring hidden units of one visible unit. `difference` is chain_weight * S_chain -
 // data_weight * S_data, exact as far as a double goes.
 template <bool real> RBM_DEVICE void finish_gradient(const Gradient& a, int64_t visible,
                                                      int64_t hidden,
                                                      const double (&difference)[4]) {
   if (visible >= a.n_visible) return;
-  const float unit = real ? mul(*a.value_scale, a.unit) : a.unit;
+  const float unit = mul(real ? mul(*a.value_scale, a.unit) : a.unit, one_of(a));
   float* place = a.grad_W + visible * a.grad_stride + hidden;
   float four[4];
 #pragma unroll
@@ -42,6 +44,7 @@ template <bool real> RBM_DEVICE void finish_bias_gradients(const Gradient& a, in
                                                            int rows, int64_t unit0, int units,
                                                            int threads) {
   const int thread = static_cast<int>(threadIdx.x);
+  const float one = one_of(a);
   if (unit0 == 0) {
     for (int64_t i = row0 + thread; i < row0 + rows && i < a.n_visible; i += threads) {
       double of[2];
@@ -50,14 +53,16 @@ template <bool real> RBM_DEVICE void finish_bias_gradients(const Gradient& a, in
             real ? a.visible_totals[phase][i] : static_cast<double>(a.visible_sums[phase][i]);
       }
       const double difference = of[1] * a.chain_weight - of[0] * a.data_weight;
-      store_gradient(a.grad_b + i, static_cast<float>(difference / a.common), a.accumulate);
+      const float grad = mul(static_cast<float>(difference / a.common), one);
+      store_gradient(a.grad_b + i, grad, a.accumulate);
     }
   }
   if (row0 == 0) {
     for (int64_t j = unit0 + thread; j < unit0 + units && j < a.n_hidden; j += threads) {
       const double difference = static_cast<double>(a.hidden_sums[1][j]) * a.chain_weight -
                                 static_cast<double>(a.hidden_sums[0][j]) * a.data_weight;
-      store_gradient(a.grad_c + j, mul(static_cast<float>(difference), a.unit), a.accumulate);
+      const float grad = mul(static_cast<float>(difference), mul(a.unit, one));
+      store_gradient(a.grad_c + j, grad, a.accumulate);
     }
   }
 }

@@ -33,8 +33,7 @@ RBM_DEVICE void store_remote(uint32_t remote, uint32_t value) {
 }
 
 // How many clusters of such a launch the device can run at a time; a cudaError_t.
-template <class... P>
-int resident_clusters(void (*kernel)(P...), const Launch& l, int& clusters) {
+template <class... P> int resident_clusters(void (*kernel)(P...), const Launch& l, int& clusters) {
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attribute{};
@@ -102,6 +101,11 @@ RBM_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "me
 RBM_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int n> RBM_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
+}
+// Between a wait and what reads d, as the compiler does not know that wgmma writes d so late.
+template <int n> RBM_DEVICE void wgmma_results(int32_t (&d)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 // K-major bytes without a swizzle, as planes have them: matrices of 8 rows x 16 bytes. `leading` is

@@ -98,6 +98,8 @@ def temperature(
 ) -> tuple[float, Tensor | None]:
     """beta as a (float, None) or a (1.0, float32 [B]) pair; Gaussian units need more than 0."""
     if isinstance(beta, Tensor):
+        if beta.dim() == 0 and beta.is_cuda and beta.device == W.device:
+            return 1.0, beta.float().expand(rows).contiguous()  # float() would wait for the device
         if beta.dim() == 0:
             return temperature(op, float(beta), rows, W, gaussian)
         if beta.shape != (rows,):

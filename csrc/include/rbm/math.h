@@ -101,16 +101,18 @@ template <class F, class... C> RBM_HD F polynomial(F x, float c0, C... rest) {
   return fma(polynomial(x, rest...), x, F(c0));
 }
 
-// exp(-x), x clamped to +-87 so that the result is a normal float. Degree 6, relative error 1e-7.
-template <class F> RBM_HD F exp_neg(F x) {
-  const F t = min(max(sub(F(0.0f), x), F(-87.0f)), F(87.0f));
-  const F n = sub(fma(t, F(1.44269504088896341f), F(kRoundingMagic)), F(kRoundingMagic));
+// exp(x), x clamped to +-87 so that the result is a normal float. Degree 6, relative error 1e-7.
+template <class F> RBM_HD F exp_clamped(F x) {
+  const F t = min(max(x, F(-87.0f)), F(87.0f));
+  const F m = fma(t, F(1.44269504088896341f), F(kRoundingMagic));  // its low bits are n's
+  const F n = sub(m, F(kRoundingMagic));
   F r = fma(n, F(-kLn2High), t);
   r = fma(n, F(-kLn2Low), r);
   const F p = polynomial(r, 1.0f, 1.0f, 0.49999991059303284f, 0.16666419804096222f,
                          0.04166822507977486f, 0.008374824188649654f, 0.0013836835278198123f);
-  return as_float(add(as_int(p), shift_left<23>(to_int(n))));
+  return as_float(add(as_int(p), shift_left<23>(as_int(m))));
 }
+template <class F> RBM_HD F exp_neg(F x) { return exp_clamped(sub(F(0.0f), x)); }
 
 // Uniform in [0, 1) from the high 24 bits of a random word.
 template <class F> RBM_HD F uniform(Int<F> word) {

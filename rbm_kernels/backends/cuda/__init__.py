@@ -1,23 +1,47 @@
-"""The CUDA C++ kernels. Importing this module touches no device."""
+"""The CUDA C++ kernels of ``csrc/cuda``: check, allocate, launch. Importing this touches no device.
+
+Every call goes to the current stream of the tensors' device and comes back without waiting for it:
+memory comes from torch's allocator and nothing is read back, so that a call can be captured in a
+CUDA graph. For the same reason values that are not finite cannot be refused here. Where a weight
+is NaN or infinite, probabilities, energies and gradients come out as NaN.
+
+bool states are known to be 0 or 1. Of all others the device finds out, which costs some launches of
+kernels that return at once; both kinds give the same results.
+
+``RBM_KERNELS_CUDA_EMULATED=1`` uses a build of the same kernels that runs on the CPU, for tests.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
+from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING
 
-from rbm_kernels.info import why_missing
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from rbm_kernels import info
+from rbm_kernels.backends import reference
 
+Beta = float | Tensor
+
+_EMULATED = os.environ.get("RBM_KERNELS_CUDA_EMULATED") == "1"
 _module: ModuleType | None = None
 _failure = ""
 try:
-    _module = importlib.import_module("rbm_kernels._cuda")
+    _module = importlib.import_module(f"rbm_kernels._cuda{'_emulated' if _EMULATED else ''}")
 except ImportError as error:
-    _failure = why_missing("cuda", error)
+    _failure = info.why_missing("cuda_emulated" if _EMULATED else "cuda", error)
+
+_FLOAT32 = torch.float32
+# What the kernels read and write, by csrc/cuda's enum Element. Other dtypes become float32 first.
+_ELEMENTS = {_FLOAT32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3, torch.bool: 3}
+_NO_STATES = (0, 0, 0, 0, False)
+
+# Sums over more units or rows would leave the 32-bit accumulators.
+_MOST_UNITS, _MOST_REAL_UNITS, _MOST_ROWS = 65_535, 43_000, 8_000_000
 
 
 @functools.cache
@@ -25,91 +49,337 @@ def unavailable_reason() -> str | None:
     """Why this backend cannot run here, or None if it can. The first call asks the driver."""
     if _module is None:
         return _failure
+    if _EMULATED:
+        return None
     count, error = _module.device_count()
     if count == 0:
         return f"no CUDA device: {error}"
-    import torch
-
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     return None
 
 
-def sample_bernoulli(
-    x: Tensor,
-    bias: Tensor,
-    *,
-    seed: Tensor,
-    beta: float = 1.0,
-    chain_offset: int = 0,
-    stream: int = 0,
-    half_sweep: int = 0,
-    return_probs: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Draws Bernoulli units from their weighted sums, on torch's current stream.
+@functools.cache
+def runs_on(device: torch.device) -> str | None:
+    """Why this backend cannot take tensors of `device`, or None if it can."""
+    if _EMULATED:
+        return None if device.type == "cpu" else "the emulated build takes CPU tensors"
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"{device} has compute capability {major}.{minor}, and the kernels need 8.0"
+    return None
 
-    Args:
-        x: float32 [B, N], contiguous, on a CUDA device: the weighted sums of the other layer.
-        bias: float32 [N], contiguous, on the same device.
-        seed: int64 [2], contiguous, on the same device: seed and offset. It is read there and not
-            advanced.
-        beta: inverse temperature.
-        chain_offset: global index of the first row.
-        stream: number of the random stream, 0 to 255.
-        half_sweep: index t of the half-sweep; the draw is of half-sweep offset + t.
-        return_probs: whether p is computed and returned.
 
-    Returns:
-        The states, float32 [B, N] of 0 and 1, on where u < sigmoid(beta * (x + bias)); and p,
-        float32 [B, N], or None.
+def regime(
+    rows: int, n_visible: int, n_hidden: int, k: int, limbs: int, device: torch.device
+) -> str:
+    """How Bernoulli chains would be run: resident, cluster of n, tiled or tiled_sm90a."""
+    name: str = _built().regime(rows, n_visible, n_hidden, k, limbs, device.index or 0)
+    return name
 
-    Raises:
-        ValueError: if a tensor has another shape, dtype, layout or device.
-        RuntimeError: if the backend cannot run here, or the launch fails.
-    """
-    import torch
 
-    reason = unavailable_reason()
-    if reason is not None:
-        raise RuntimeError(f"sample_bernoulli: the cuda backend cannot run: {reason}")
+def _built() -> ModuleType:
     assert _module is not None
-    if x.dim() != 2:
-        raise ValueError(f"sample_bernoulli: x must be [B, N], got {list(x.shape)}")
-    batch, units = x.shape
-    expected = (
-        ("x", x, torch.float32, (batch, units)),
-        ("bias", bias, torch.float32, (units,)),
-        ("seed", seed, torch.int64, (2,)),
-    )
-    for name, tensor, dtype, shape in expected:
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"sample_bernoulli: {name} must be a contiguous {dtype} {list(shape)}, got "
-                f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
+    return _module
+
+
+@functools.cache
+def _allocator(device: torch.device) -> Callable[[int], Tensor]:
+    return functools.partial(torch.empty, dtype=torch.uint8, device=device)
+
+
+def _place(device: torch.device) -> tuple[Callable[[int], Tensor], int, int]:
+    """Where a call takes memory from, and its device and stream."""
+    if device.type != "cuda":
+        return _allocator(device), 0, 0
+    # torch.cuda.current_stream's number, without the object around it that costs a microsecond.
+    return _allocator(device), device.index, torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def _launched(op: str, status: int) -> None:
+    if status:
+        words = _built().error_string(status)
+        raise RuntimeError(f"{op}: the cuda backend's kernels were not launched: {words}")
+
+
+def _weight(W: Tensor) -> Tensor:
+    if W.dtype not in _ELEMENTS:
+        W = W.float()
+    return W if 1 in W.stride() or W.numel() < 2 else W.contiguous()
+
+
+def _weight_arguments(W: Tensor) -> tuple[int, int, int, int, int, int]:
+    row, col = W.stride()
+    # Of a single column or row, torch may report any stride; one of the two must read 1.
+    row, col = (row, 1) if col == 1 or W.shape[1] == 1 else (1 if W.shape[0] == 1 else row, col)
+    return W.data_ptr(), _ELEMENTS[W.dtype], *W.shape, row, col
+
+
+def _states(x: Tensor) -> Tensor:
+    if x.dtype not in _ELEMENTS:
+        x = x.float()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _vector(x: Tensor) -> Tensor:
+    return x if x.dtype == _FLOAT32 and x.is_contiguous() else x.float().contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _beta(beta: Beta) -> tuple[float, int]:
+    return (1.0, beta.data_ptr()) if isinstance(beta, Tensor) else (beta, 0)
+
+
+def _kernel_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in _ELEMENTS else _FLOAT32
+
+
+def _check_sizes(op: str, given: Tensor, weight: Tensor, given_name: str) -> None:
+    units, computed = weight.shape
+    if units > _MOST_UNITS or computed > _MOST_UNITS:
+        raise ValueError(
+            f"{op}: the cuda backend takes at most {_MOST_UNITS} units in a layer, "
+            f"got {units} and {computed}"
+        )
+    if units > _MOST_REAL_UNITS and given.dtype != torch.bool:
+        raise ValueError(
+            f"{op}: the cuda backend takes at most {_MOST_REAL_UNITS} units of states that may be "
+            f"real, got {given_name} {list(given.shape)} of {given.dtype}; "
+            "pass bool where all are 0 or 1"
+        )
+
+
+def _check_rows(op: str, name: str, states: Tensor) -> None:
+    if states.shape[0] > _MOST_ROWS:
+        raise ValueError(
+            f"{op}: the cuda backend takes at most {_MOST_ROWS} rows of a phase, "
+            f"got {name} {list(states.shape)}"
+        )
+
+
+def _sample(
+    op: str,
+    given_name: str,
+    given: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    given_log_var: Tensor | None,
+    drawn_log_var: Tensor | None,
+    beta: Beta,
+    return_probs: bool,
+    seed: Tensor,
+    chain_offset: int,
+    out_dtype: torch.dtype,
+    limbs: int,
+) -> tuple[Tensor, Tensor]:
+    _check_sizes(op, given, weight, given_name)
+    dtype, device = weight.dtype, weight.device
+    given, weight, bias = _states(given), _weight(weight), _vector(bias)
+    given_log_var = None if given_log_var is None else _vector(given_log_var)
+    drawn_log_var = None if drawn_log_var is None else _vector(drawn_log_var)
+    shape = (given.shape[0], weight.shape[1])
+    kernel_dtype = _FLOAT32 if drawn_log_var is not None else _kernel_dtype(out_dtype)
+    states = torch.empty(shape, dtype=kernel_dtype, device=device)
+    means = torch.empty(shape, dtype=_FLOAT32, device=device) if return_probs else None
+    address, element, _, units, *strides = _weight_arguments(weight)
+    status = _built().sample(
+        given.data_ptr(), _ELEMENTS[given.dtype], *given.shape, given.stride(0),
+        given.dtype == torch.bool, address, element, units, *strides, bias.data_ptr(),
+        _address(given_log_var), _address(drawn_log_var), *_beta(beta),
+        states.data_ptr(), _ELEMENTS[kernel_dtype], _address(means),
+        seed.data_ptr(), chain_offset, limbs, *_place(device),
+    )  # fmt: skip
+    _launched(op, status)
+    if kernel_dtype != out_dtype:
+        states = states.to(out_dtype)
+    if means is None:
+        return states, torch.empty(0, dtype=dtype, device=device)
+    return states, means.to(dtype)
+
+
+def sample_hidden(
+    v: Tensor,
+    W: Tensor,
+    c: Tensor,
+    log_var: Tensor | None,
+    beta: Beta,
+    return_probs: bool,
+    seed: Tensor,
+    chain_offset: int,
+    out_dtype: torch.dtype,
+    limbs: int,
+) -> tuple[Tensor, Tensor]:
+    arguments = (beta, return_probs, seed, chain_offset, out_dtype, limbs)
+    if 0 in v.shape or 0 in W.shape:
+        return reference.sample_hidden(v, W, c, log_var, *arguments)
+    return _sample("sample_hidden", "v", v, W, c, log_var, None, *arguments)
+
+
+def sample_visible(
+    h: Tensor,
+    W: Tensor,
+    b: Tensor,
+    log_var: Tensor | None,
+    beta: Beta,
+    return_probs: bool,
+    seed: Tensor,
+    chain_offset: int,
+    out_dtype: torch.dtype,
+    limbs: int,
+) -> tuple[Tensor, Tensor]:
+    arguments = (beta, return_probs, seed, chain_offset, out_dtype, limbs)
+    if 0 in h.shape or 0 in W.shape:
+        return reference.sample_visible(h, W, b, log_var, *arguments)
+    return _sample("sample_visible", "h", h, W.t(), b, None, log_var, *arguments)
+
+
+def gibbs_sample(
+    v: Tensor,
+    W: Tensor,
+    b: Tensor,
+    c: Tensor,
+    k: int,
+    log_var: Tensor | None,
+    beta: Beta,
+    mask: Tensor | None,
+    values: Tensor | None,
+    seed: Tensor,
+    chain_offset: int,
+    out_dtype: torch.dtype,
+    limbs: int,
+) -> Tensor:
+    if 0 in v.shape or 0 in W.shape:
+        return reference.gibbs_sample(
+            v, W, b, c, k, log_var, beta, mask, values, seed, chain_offset, out_dtype, limbs
+        )
+    _check_sizes("gibbs_sample", v, W, "v")
+    device = W.device
+    v, W, b, c = _states(v), _weight(W), _vector(b), _vector(c)
+    log_var = None if log_var is None else _vector(log_var)
+    mask = None if mask is None else mask.contiguous()
+    values = None if values is None or mask is None else _states(values)
+    # Among clamped units real values may stand, which bytes would not hold.
+    exact = log_var is not None or mask is not None
+    kernel_dtype = _FLOAT32 if exact else _kernel_dtype(out_dtype)
+    states = torch.empty(v.shape, dtype=kernel_dtype, device=device)
+    status = _built().gibbs_sample(
+        v.data_ptr(), _ELEMENTS[v.dtype], v.shape[0], v.stride(0), v.dtype == torch.bool,
+        *_weight_arguments(W), b.data_ptr(), c.data_ptr(), k, _address(log_var), *_beta(beta),
+        _address(mask), 0 if mask is None or mask.dim() == 1 else mask.stride(0),
+        *(
+            _NO_STATES[1:]
+            if values is None
+            else (
+                values.data_ptr(), _ELEMENTS[values.dtype],
+                0 if values.dim() == 1 else values.stride(0), values.dtype == torch.bool,
             )
-        if tensor.device.type != "cuda" or tensor.device != x.device:
-            raise ValueError(
-                f"sample_bernoulli: {name} must be on a CUDA device, the same for all arguments, "
-                f"got {tensor.device} (x is on {x.device})"
-            )
-    states = torch.empty_like(x)
-    probs = torch.empty_like(x) if return_probs else None
-    status = _module.sample_bernoulli(
-        x=x.data_ptr(),
-        bias=bias.data_ptr(),
-        beta=beta,
-        seed=seed.data_ptr(),
-        chain_offset=chain_offset & 0xFFFFFFFF,
-        stream_id=stream,
-        half_sweep=half_sweep,
-        batch=batch,
-        units=units,
-        states=states.data_ptr(),
-        probabilities=0 if probs is None else probs.data_ptr(),
-        device=x.device.index,
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
+        ),
+        states.data_ptr(), _ELEMENTS[kernel_dtype],
+        seed.data_ptr(), chain_offset, limbs, *_place(device),
+    )  # fmt: skip
+    _launched("gibbs_sample", status)
+    return states if kernel_dtype == out_dtype else states.to(out_dtype)
+
+
+def free_energy(
+    v: Tensor,
+    W: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_var: Tensor | None,
+    beta: Beta,
+    limbs: int,
+) -> Tensor:
+    if 0 in v.shape or 0 in W.shape:
+        return reference.free_energy(v, W, b, c, log_var, beta, limbs)
+    _check_sizes("free_energy", v, W, "v")
+    device = W.device
+    v, W, b, c = _states(v), _weight(W), _vector(b), _vector(c)
+    log_var = None if log_var is None else _vector(log_var)
+    energies = torch.empty(v.shape[0], dtype=_FLOAT32, device=device)
+    status = _built().free_energy(
+        v.data_ptr(), _ELEMENTS[v.dtype], v.shape[0], v.stride(0), v.dtype == torch.bool,
+        *_weight_arguments(W), b.data_ptr(), c.data_ptr(), _address(log_var), *_beta(beta),
+        energies.data_ptr(), limbs, *_place(device),
+    )  # fmt: skip
+    _launched("free_energy", status)
+    return energies
+
+
+def cd_step(
+    v: Tensor,
+    W: Tensor,
+    b: Tensor,
+    c: Tensor,
+    k: int,
+    chains: Tensor | None,
+    log_var: Tensor | None,
+    out: tuple[Tensor, ...] | None,
+    accumulate: bool,
+    seed: Tensor,
+    chain_offset: int,
+    limbs: int,
+    op: str = "cd_step",
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    if 0 in W.shape:
+        return reference.cd_step(
+            v, W, b, c, k, chains, log_var, out, accumulate, seed, chain_offset, limbs, op
+        )
+    _check_sizes(op, v, W, "v")
+    _check_rows(op, "v", v)
+    if chains is not None:
+        _check_sizes(op, chains, W, "chains")
+        _check_rows(op, "chains", chains)
+    device = W.device
+    data, weight, bias, hidden_bias = _states(v), _weight(W), _vector(b), _vector(c)
+    start = None if chains is None else _states(chains)
+    variance = None if log_var is None else _vector(log_var)
+    n_visible, n_hidden = weight.shape
+    state_dtype = W.dtype if chains is None else chains.dtype
+    kernel_dtype = _FLOAT32 if log_var is not None else _kernel_dtype(state_dtype)
+    shape = (data if start is None else start).shape
+    advanced = torch.empty(shape, dtype=kernel_dtype, device=device)
+    # The kernels write straight into the caller's buffers where they can.
+    direct = (
+        out is not None
+        and log_var is None
+        and out[0].dtype == out[1].dtype == out[2].dtype == _FLOAT32
+        and out[0].stride(1) == out[1].stride(0) == out[2].stride(0) == 1
     )
-    if status != 0:
-        words = _module.error_string(status)
-        raise RuntimeError(f"sample_bernoulli: the kernel was not launched: {words}")
-    return states, probs
+    if direct and out is not None:
+        grad_W, grad_b, grad_c = out
+    else:
+        grad_W = torch.empty(n_visible, n_hidden, dtype=_FLOAT32, device=device)
+        grad_b = torch.empty(n_visible, dtype=_FLOAT32, device=device)
+        grad_c = torch.empty(n_hidden, dtype=_FLOAT32, device=device)
+    energies = torch.empty(2, dtype=_FLOAT32, device=device)
+    status = _built().cd_step(
+        data.data_ptr(), _ELEMENTS[data.dtype], data.shape[0], data.stride(0),
+        data.dtype == torch.bool, *_weight_arguments(weight),
+        bias.data_ptr(), hidden_bias.data_ptr(), k,
+        *(
+            _NO_STATES
+            if start is None
+            else (
+                start.data_ptr(), _ELEMENTS[start.dtype], start.shape[0], start.stride(0),
+                start.dtype == torch.bool,
+            )
+        ),
+        _address(variance), grad_W.data_ptr(), grad_W.stride(0), grad_b.data_ptr(),
+        grad_c.data_ptr(), direct and accumulate, advanced.data_ptr(), _ELEMENTS[kernel_dtype],
+        energies.data_ptr(), seed.data_ptr(), chain_offset, limbs, *_place(device),
+    )  # fmt: skip
+    _launched(op, status)
+    grads: tuple[Tensor, Tensor, Tensor, Tensor | None] = (grad_W, grad_b, grad_c, None)
+    if not direct and (log_var is not None or out is not None or W.dtype != _FLOAT32):
+        grads = reference.finish_gradients(
+            grad_W, grad_b, grad_c, data, advanced, W, b, log_var, out, accumulate
+        )
+    if kernel_dtype != state_dtype:
+        advanced = advanced.to(state_dtype)
+    return (*grads, advanced, energies)
