@@ -30,7 +30,7 @@ int test_weights(const void* W, int element, int64_t rows, int64_t cols, int64_t
                        &largest,
                        static_cast<float*>(scale),
                        static_cast<float*>(one)};
-  return quantise_weights(a, digits, nullptr);
+  return quantise_weights(a, {}, digits, nullptr);
 }
 
 int test_pack(const void* states, int element, int64_t rows, int64_t units, int64_t row_stride,

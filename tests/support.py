@@ -102,12 +102,10 @@ class Moved:
 def on_the_gpu(select: Callable[..., ModuleType]) -> Callable[..., Any]:
     """`select` for tests whose tensors are on the CPU: backends of `ON_GPU` run on the GPU."""
 
-    def chosen(
-        operation: str, backend: str | None, device: torch.device, dtype: torch.dtype
-    ) -> Any:
+    def chosen(operation: str, backend: str | None, device: torch.device, *weights: Any) -> Any:
         if backend in ON_GPU and device.type == "cpu":
-            return Moved(select(operation, backend, torch.device("cuda:0"), dtype), "cuda:0")
-        return select(operation, backend, device, dtype)
+            return Moved(select(operation, backend, torch.device("cuda:0"), *weights), "cuda:0")
+        return select(operation, backend, device, *weights)
 
     return chosen
 

@@ -69,6 +69,12 @@ def test_auto_never_chooses_an_emulated_backend(standing: Standing) -> None:
     assert select("cd_step", "triton", CPU, FLOAT32) is backends.triton
 
 
+def test_layers_too_large_for_a_gpu_backend_fall_back(standing: Standing) -> None:
+    assert select("cd_step", None, GPU, FLOAT32, 65_535) is backends.cuda
+    assert select("cd_step", None, GPU, FLOAT32, 65_536) is reference
+    assert select("cd_step", None, CPU, FLOAT32, 65_536) is backends.cpu
+
+
 def test_float64_free_energies_are_the_references(standing: Standing) -> None:
     for device in (CPU, GPU):
         assert chosen(device, FLOAT64, "free_energy") == "reference"

@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,14 @@ def test_the_module_imports_and_counts_devices_without_a_driver() -> None:
     count, words = _cuda.device_count()
     assert count >= 0
     assert (count == 0) == bool(words)
-    assert not torch.cuda.is_initialized()
     if count == 0 and "cuda" not in EMULATED:
         assert reason == f"no CUDA device: {words}"
+
+
+def test_importing_the_package_leaves_the_device_alone() -> None:
+    code = "import rbm_kernels, torch; assert not torch.cuda.is_initialized()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(reason is None, reason="the cuda backend runs here")
@@ -332,6 +338,10 @@ def test_the_table_names_a_regime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RBM_KERNELS_CUDA_REGIME", raising=False)
     assert cuda.regime(10, 20, 10, 1, 3, device) == "resident"
     assert cuda.regime(10_000, 60_000, 60_000, 10, 3, device).startswith("tiled")
+    if "cuda" in EMULATED:  # two clusters at a time: 128 chains
+        assert cuda.regime(128, 784, 500, 2, 2, device) == "cluster of 16"
+        assert cuda.regime(129, 784, 500, 2, 2, device) == "cluster of 8"
+        assert cuda.regime(128, 784, 500, 1, 2, device) == "tiled"
     monkeypatch.setenv("RBM_KERNELS_CUDA_REGIME", "titled")
     raises(ValueError, "RBM_KERNELS_CUDA_REGIME", "'titled'")(
         lambda: rk.sample_hidden(binary(2, 3), normal(3, 4), normal(4), backend="cuda")
@@ -425,18 +435,21 @@ def test_gradients_go_into_the_callers_buffers(accumulate: bool) -> None:
 
 
 @needs_kernels
-def test_a_weight_that_is_not_finite_is_seen() -> None:
+@pytest.mark.parametrize("where", ["W", "b", "c", "log_var"])
+def test_a_parameter_that_is_not_finite_is_seen(where: str) -> None:
     """It cannot be refused without waiting for the device, so that results must not look valid."""
     v, W, b, c = binary(9, 40, seed=1), normal(40, 24, seed=2), normal(40, seed=3), normal(24)
+    log_var = normal(40, seed=4)
     for bad in (float("nan"), float("-inf")):
-        W[3, 4] = bad
+        {"W": W, "b": b, "c": c, "log_var": log_var}[where].view(-1)[7] = bad
         for states in (v, v.bool(), v * 0.5):
-            assert (
-                rk.sample_hidden(states, W, c, return_probs=True, backend="cuda")[1].isnan().all()
-            )
-            assert rk.free_energy(states, W, b, c, backend="cuda").isnan().all()
-            for log_var in (None, normal(40, seed=4)):
-                step = rk.cd_step(states, W, b, c, log_var=log_var, backend="cuda")
+            if where in ("W", "c"):
+                _, p = rk.sample_hidden(states, W, c, return_probs=True, backend="cuda")
+                assert p.isnan().all()
+            for gaussian in (log_var,) if where == "log_var" else (None, log_var):
+                energies = rk.free_energy(states, W, b, c, log_var=gaussian, backend="cuda")
+                assert energies.isnan().all()
+                step = rk.cd_step(states, W, b, c, log_var=gaussian, backend="cuda")
                 for result in (*step[:4], step.free_energies):
                     assert result is None or result.isnan().all()
 

@@ -22,6 +22,7 @@ def test_the_kernels_interpreted() -> None:
         env={
             **os.environ,
             "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(Path(rbm_kernels.__file__).parents[1]), str(here)]),
         },
         capture_output=True,

@@ -72,7 +72,7 @@ def test_every_operation(size: tuple[int, int, int], kind: str, precision: str) 
                 assert same(x, y), f"{backend}: results {place} differ"
 
 
-@pytest.mark.parametrize("kind", ["binary", "grey", "gaussian"])
+@pytest.mark.parametrize("kind", ["binary", "gaussian"])
 def test_a_batch_cut_in_two_draws_the_same(kind: str) -> None:
     t = operands(70, 20, 33, kind)
     common = {"seed": (1, 2), "backend": "triton", "log_var": t["log_var"]}
@@ -132,8 +132,7 @@ def test_binary_rows_among_real_ones() -> None:
     assert_agrees(rk.cd_step, v.abs() * 2.0**20, W * 2.0**-20, b, c, 1, seed=1)
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("gaussian", [False, True])
+@pytest.mark.parametrize(("accumulate", "gaussian"), [(False, False), (True, True)])
 def test_buffers(accumulate: bool, gaussian: bool) -> None:
     v, W, b, c = binary(9, 20, seed=1), normal(20, 6), normal(20), normal(6)
     extra = {"log_var": normal(20, seed=3)} if gaussian else {}
@@ -228,16 +227,14 @@ def test_uniform_of_zero(bias: float) -> None:
     assert h[0, unit] == 1
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["v", "W", "c"])
+@pytest.mark.parametrize(
+    ("name", "bad"), [("v", float("nan")), ("W", float("inf")), ("c", float("nan"))]
+)
 def test_what_is_not_finite_shows(name: str, bad: float) -> None:
     """Nothing is checked, as that would wait for a GPU; but a NaN does not vanish in integers."""
     t = operands(5, 7, 6, "binary")
     t[name].view(-1)[3] = bad
     step = rk.cd_step(t["v"], t["W"], t["b"], t["c"], 1, seed=1, backend="triton")
-    if name == "c" and bad > 1e38:  # p of an infinite bias is 1
-        assert step.free_energies.isinf().all() and step.grad_W.isfinite().all()
-        return
     assert step.grad_W.isnan().all() and step.grad_c.isnan().all()
     assert step.free_energies[0].isnan()
     energies = rk.free_energy(t["v"], t["W"], t["b"], t["c"], backend="triton")

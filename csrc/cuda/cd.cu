@@ -98,7 +98,10 @@ int cd_step(const CdStep& a, Call& call) {
   energies.partial = run.arena.take<double>(2 * kEnergyBlocks);
   if (!run.ready()) return run.status;
 
-  run.status += quantise_weights(weights.planes, call.digits, run.stream);
+  run.status += quantise_weights(
+      weights.planes,
+      {{a.b, a.c, a.log_var}, {weights.n_visible, weights.n_hidden, weights.n_visible}},
+      call.digits, run.stream);
   if (gaussian) run.status += precisions(a.log_var, V, precision, run.stream);
   data.packed.terms = statistics.bits;
   data.packed.terms_words = statistics.terms / 32;

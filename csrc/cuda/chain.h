@@ -50,6 +50,8 @@ int chain(const Chain& a, int digits, cudaStream_t stream);
 // hold them and 128 chains: 1, 2, 4, 8 or 16, or 0 where not even 16 do.
 int chain_sm90a_cluster(int n_visible, int n_hidden, int digits, int shared_bytes);
 // With that many blocks or more, on sm_90 only. A cudaError_t as above.
+// How many clusters of so many blocks the device runs at a time, 64 chains or more in each.
+int chain_sm90a_clusters(int digits, int cluster, int shared_bytes);
 int chain_sm90a(const Chain& a, int digits, int cluster, cudaStream_t stream);
 
 }  // namespace rbm::cuda

@@ -177,6 +177,8 @@ RBM_DEVICE void multiply_states(float (&x)[N / 2], const ClusterLayer& l, int sl
   }
   wgmma_wait<0>();
 #pragma unroll
+  for (int d = 0; d < digits; ++d) wgmma_results(sums[d]);
+#pragma unroll
   for (int j = 0; j < N / 2; ++j) {
     int32_t parts[digits];
 #pragma unroll
@@ -392,6 +394,13 @@ int chain_sm90a_cluster(int n_visible, int n_hidden, int digits, int shared_byte
     }
   }
   return 0;
+}
+
+int chain_sm90a_clusters(int digits, int cluster, int shared_bytes) {
+  int clusters = 0;
+  const int status = digits == 2 ? clusters_at_a_time<2, 2>(cluster, shared_bytes, clusters)
+                                 : clusters_at_a_time<3, 2>(cluster, shared_bytes, clusters);
+  return status == cudaSuccess ? clusters : 0;
 }
 
 int chain_sm90a(const Chain& a, int digits, int cluster, cudaStream_t stream) {

@@ -21,7 +21,10 @@ int free_energy(const FreeEnergy& a, Call& call) {
   auto* softplus = run.arena.take<double>(slices * rows);
   if (!run.ready()) return run.status;
 
-  run.status += quantise_weights(weights.planes, call.digits, run.stream);
+  run.status += quantise_weights(
+      weights.planes,
+      {{a.b, a.c, a.log_var}, {weights.n_visible, weights.n_hidden, weights.n_visible}},
+      call.digits, run.stream);
   if (gaussian) run.status += precisions(a.log_var, weights.n_visible, precision, run.stream);
   prepare(run, v, precision);
   HalfSweep h = half_sweep_of(run, weights, true, rows, a.c, a.temperature);

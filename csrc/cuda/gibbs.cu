@@ -28,7 +28,10 @@ int gibbs_sample(const Gibbs& a, Call& call) {
   auto* visible = run.arena.take<uint32_t>(rows * words_of(V));
   if (!run.ready()) return run.status;
 
-  run.status += quantise_weights(weights.planes, call.digits, run.stream);
+  run.status += quantise_weights(
+      weights.planes,
+      {{a.b, a.c, a.log_var}, {weights.n_visible, weights.n_hidden, weights.n_visible}},
+      call.digits, run.stream);
   if (gaussian) run.status += precisions(a.log_var, weights.n_visible, precision, run.stream);
   if (placed) {
     run.status += place({a.v, a.values, a.mask, a.mask_stride, copy}, run.stream);

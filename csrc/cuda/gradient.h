@@ -38,7 +38,8 @@ struct Gradient {
 // digits: 2 or 3. real: v is `values`, else `bits`. A cudaError_t.
 int gradient(const Gradient& a, int digits, bool real, cudaStream_t stream);
 
-// The same from bits with Hopper's instructions (gradient_sm90a.cu); at most 65,535 rows a phase.
+// The same from bits with Hopper's instructions (gradient_sm90a.cu); phases of more than
+// 65,535 rows take the portable kernel.
 int gradient_sm90a(const Gradient& a, int digits, cudaStream_t stream);
 
 }  // namespace rbm::cuda

@@ -8,7 +8,7 @@ namespace rbm::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int32_t kOneBits = 0x3F800000;
+constexpr int32_t kOneBits = 0x3F800000, kInfinityBits = 0x7F800000;
 
 RBM_DEVICE bool guarded_out(const Guard& guard) {
   return guard.state != nullptr && *guard.state != guard.wanted;
@@ -66,8 +66,16 @@ struct Lines {
 
 constexpr int kSegment = 4 * kThreads;
 
-__global__ void __launch_bounds__(kThreads) largest_kernel(const Lines a, int32_t* largest) {
+__global__ void __launch_bounds__(kThreads)
+    largest_kernel(const Lines a, const Vectors vectors, int32_t* largest) {
   int32_t most = 0;
+  for (int v = 0; v < 3; ++v) {
+    if (vectors.data[v] == nullptr) continue;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+         i < vectors.lengths[v]; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+      if (magnitude_bits(vectors.data[v][i]) >= kInfinityBits) most = kInfinityBits;
+    }
+  }
   with_element(a.element, [&](auto typed) {
     const int64_t segments = (a.length + kSegment - 1) / kSegment;
     for (int64_t i = blockIdx.x; i < a.lines * segments; i += gridDim.x) {
@@ -445,7 +453,8 @@ dim3 tiles(int64_t x, int64_t y) { return dim3(blocks_of(x, kTile), blocks_of(y,
 
 }  // namespace
 
-int quantise_weights(const WeightPlanes& a, int digits, cudaStream_t stream) {
+int quantise_weights(const WeightPlanes& a, const Vectors& vectors, int digits,
+                     cudaStream_t stream) {
   const Matrix& W = a.W;
   const bool by_rows = W.col_stride == 1;
   Lines lines{W.data, W.element, by_rows ? W.rows : W.cols, by_rows ? W.cols : W.rows,
@@ -453,7 +462,8 @@ int quantise_weights(const WeightPlanes& a, int digits, cudaStream_t stream) {
   if (lines.stride == lines.length) lines = {W.data, W.element, 1, W.rows * W.cols, 0};
   const int64_t segments = lines.lines * ((lines.length + kSegment - 1) / kSegment);
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(segments, 2048)));
-  const int status = launch(largest_kernel, {grid, dim3(kThreads), 0, 1, stream}, lines, a.largest);
+  const int status =
+      launch(largest_kernel, {grid, dim3(kThreads), 0, 1, stream}, lines, vectors, a.largest);
   if (status) return status;
   return launch(weights_kernel,
                 {tiles(round_up(W.rows, kBlock), round_up(W.cols, kBlock)), dim3(kThreads),

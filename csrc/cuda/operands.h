@@ -17,9 +17,16 @@ struct WeightPlanes {
   Planes to_visible;  // rows: the rows of W as row_of_unit; terms: its columns. Or no data
   int32_t* largest;   // [1], zero before: the bits of the largest magnitude
   float* scale;       // [1]
-  float* one;         // [1]: 1, or NaN where W has values that are not finite
+  float* one;         // [1]: 1, or NaN where W or a vector has values that are not finite
 };
-int quantise_weights(const WeightPlanes& a, int digits, cudaStream_t stream);
+// The model's other parameters, null where there are none: a NaN among them makes the scale NaN
+// too, as comparisons would hide it.
+struct Vectors {
+  const float* data[3];
+  int64_t lengths[3];
+};
+int quantise_weights(const WeightPlanes& a, const Vectors& vectors, int digits,
+                     cudaStream_t stream);
 
 struct Pack {
   Matrix states;

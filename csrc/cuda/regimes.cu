@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <cstring>
@@ -17,7 +18,9 @@ namespace {
 //
 // Weights in one block's shared memory: always, as a launch of their own costs small models more
 // than anything else. In a cluster's: where at least two sweeps share the loading of the weights.
-constexpr int64_t kClusterSweeps = 2;
+// Among clusters, the widest that still runs all chains at once, as each block has less to do then;
+// but a block should have some units of each layer.
+constexpr int64_t kClusterSweeps = 2, kBlockUnits = 16;
 // Hopper's tiles are 256 x 128: so many of them, of sums so long, or the smaller tiles of the
 // portable kernels keep more of the chip busy.
 constexpr int64_t kHopperTiles = 66, kHopperTerms = 256;
@@ -94,10 +97,18 @@ Choice choose(const Device& device, int64_t rows, int n_visible, int n_hidden, i
   if (choice.hopper) choice.chain = Regime::tiled_sm90a;
   if (sweeps == 0) return choice;
 
-  const int cluster =
-      hopper && allowed(Regime::cluster) && (sweeps >= kClusterSweeps || wanted >= 0)
-          ? chain_sm90a_cluster(n_visible, n_hidden, digits, device.shared_bytes)
-          : 0;
+  int cluster = 0;
+  if (hopper && allowed(Regime::cluster) && (sweeps >= kClusterSweeps || wanted >= 0)) {
+    const auto at_a_time = [&](int blocks) {
+      return chain_sm90a_clusters(digits, blocks, device.shared_bytes);
+    };
+    cluster = chain_sm90a_cluster(n_visible, n_hidden, digits, device.shared_bytes);
+    if (cluster > 0 && at_a_time(cluster) == 0) cluster = 0;
+    while (cluster > 0 && cluster < 16 && rows <= int64_t{64} * at_a_time(2 * cluster) &&
+           std::min(n_visible, n_hidden) >= kBlockUnits * 2 * cluster) {
+      cluster *= 2;
+    }
+  }
   if (allowed(Regime::resident) && chain_fits(n_visible, n_hidden, digits, device.shared_bytes)) {
     choice.chain = Regime::resident;
   } else if (cluster > 0) {

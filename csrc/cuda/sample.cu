@@ -19,7 +19,10 @@ int sample(const Sample& a, Call& call) {
   float* factor = a.given_log_var == nullptr ? nullptr : run.arena.take<float>(a.given.cols);
   if (!run.ready()) return run.status;
 
-  run.status += quantise_weights(weights.planes, call.digits, run.stream);
+  run.status += quantise_weights(weights.planes,
+                                 {{a.bias, a.given_log_var, a.drawn_log_var},
+                                  {weights.n_hidden, weights.n_visible, weights.n_hidden}},
+                                 call.digits, run.stream);
   if (a.given_log_var != nullptr) {
     run.status += precisions(a.given_log_var, weights.n_visible, factor, run.stream);
   }

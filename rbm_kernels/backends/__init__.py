@@ -30,6 +30,9 @@ PREFERRED: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
 }
 
+# What an int32 sum of two digits of a weight allows; the GPU backends refuse larger layers.
+_MOST_UNITS = 65_535
+
 
 def _refusal(name: str, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why backend `name` cannot run this call, or None when it can."""
@@ -48,11 +51,13 @@ def _refusal(name: str, operation: str, device: torch.device, dtype: torch.dtype
     return None
 
 
-def _automatic(operation: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def _automatic(operation: str, device: torch.device, dtype: torch.dtype, units: int) -> ModuleType:
     """The first backend that can run; a fall-back is logged once for each reason."""
     reasons = ""
     for name in PREFERRED.get(device.type, ("reference",)):
         refusal = _refusal(name, operation, device, dtype)
+        if refusal is None and name in ("cuda", "triton") and units > _MOST_UNITS:
+            refusal = f"a layer has {units} units, more than {_MOST_UNITS}"
         if refusal is None:
             break
         reasons += f"; {name}: {refusal}"
@@ -63,7 +68,7 @@ def _automatic(operation: str, device: torch.device, dtype: torch.dtype) -> Modu
 
 
 def select(
-    operation: str, backend: str | None, device: torch.device, dtype: torch.dtype
+    operation: str, backend: str | None, device: torch.device, dtype: torch.dtype, units: int = 0
 ) -> ModuleType:
     """The backend module for one call.
 
@@ -74,6 +79,7 @@ def select(
             logs the reason once.
         device: where the tensors are.
         dtype: of the weights.
+        units: of the larger layer.
 
     Raises:
         ValueError: for an unknown name.
@@ -81,7 +87,7 @@ def select(
     """
     name = backend or os.environ.get("RBM_KERNELS_BACKEND") or "auto"
     if name == "auto":
-        return _automatic(operation, device, dtype)
+        return _automatic(operation, device, dtype, units)
     if name not in BACKENDS:
         raise ValueError(
             f"{operation}: backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}"

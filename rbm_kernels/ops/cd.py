@@ -107,7 +107,7 @@ def cd_step(
         raise ValueError(f"{op}: accumulate=True needs out=, got None")
     key = seeds.resolve(op, seed, generator, W.device)
     if _library.plain_eager():
-        result = select(op, backend, W.device, W.dtype).cd_step(
+        result = select(op, backend, W.device, W.dtype, max(W.shape)).cd_step(
             v, W, b, c, k, chains, log_var, out, accumulate, key, chain_offset,
             limbs_of(op, precision),
         )  # fmt: skip
@@ -218,7 +218,7 @@ def _gradients(
     log_var: Tensor | None, seed: Tensor, chain_offset: int, backend: str | None,
     precision: str | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    *grads, advanced, energies = select(op, backend, W.device, W.dtype).cd_step(
+    *grads, advanced, energies = select(op, backend, W.device, W.dtype, max(W.shape)).cd_step(
         v, W, b, c, k, chains, log_var, None, False, seed, chain_offset, limbs_of(op, precision), op
     )
     if grads[3] is None:

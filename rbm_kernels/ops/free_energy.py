@@ -68,7 +68,7 @@ def _run(
     v: Tensor, W: Tensor, b: Tensor, c: Tensor, log_var: Tensor | None, beta: float,
     betas: Tensor | None, backend: str | None, precision: str | None,
 ) -> Tensor:  # fmt: skip
-    result: Tensor = select("free_energy", backend, W.device, W.dtype).free_energy(
+    result: Tensor = select("free_energy", backend, W.device, W.dtype, max(W.shape)).free_energy(
         v, W, b, c, log_var, beta if betas is None else betas, limbs_of("free_energy", precision)
     )
     return result

@@ -72,7 +72,7 @@ def gibbs_sample(
     mask, values = _clamp(op, clamp, v)
     key = seeds.resolve(op, seed, generator, W.device)
     if _library.plain_eager():
-        state: Tensor = select(op, backend, W.device, W.dtype).gibbs_sample(
+        state: Tensor = select(op, backend, W.device, W.dtype, max(W.shape)).gibbs_sample(
             v, W, b, c, k, log_var, value if betas is None else betas, mask, values, key,
             chain_offset, dtype, limbs_of("gibbs_sample", precision),
         )  # fmt: skip
@@ -121,7 +121,7 @@ def _run(
     chain_offset: int, out_dtype: torch.dtype, backend: str | None,
     precision: str | None,
 ) -> Tensor:  # fmt: skip
-    result: Tensor = select("gibbs_sample", backend, W.device, W.dtype).gibbs_sample(
+    result: Tensor = select("gibbs_sample", backend, W.device, W.dtype, max(W.shape)).gibbs_sample(
         v, W, b, c, k, log_var, beta if betas is None else betas, mask, values, seed,
         chain_offset, out_dtype, limbs_of("gibbs_sample", precision),
     )  # fmt: skip

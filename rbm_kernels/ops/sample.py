@@ -148,7 +148,7 @@ def _sample(
     if _library.plain_eager() and not (
         return_probs and _library.needs_grad(given, W, bias, log_var)
     ):
-        module = select(op, backend, W.device, W.dtype)
+        module = select(op, backend, W.device, W.dtype, max(W.shape))
         states, probs = getattr(module, op)(
             given, W, bias, log_var, value if betas is None else betas, return_probs, key,
             chain_offset, dtype, limbs_of(op, precision),
@@ -175,7 +175,7 @@ def _implementation(op: str) -> Any:
         betas: Tensor | None, return_probs: bool, seed: Tensor, chain_offset: int,
         out_dtype: torch.dtype, backend: str | None, precision: str | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        module = select(op, backend, W.device, W.dtype)
+        module = select(op, backend, W.device, W.dtype, max(W.shape))
         result: tuple[Tensor, Tensor] = getattr(module, op)(
             given, W, bias, log_var, beta if betas is None else betas, return_probs, seed,
             chain_offset, out_dtype, limbs_of(op, precision),
