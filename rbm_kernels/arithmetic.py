@@ -70,7 +70,8 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def _constant(like: Tensor, value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=like.device)
+    # Filled on the device: torch.tensor copies from host memory, which waits for a GPU.
+    return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
 def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:

@@ -93,14 +93,23 @@ struct Launch {
   cudaStream_t stream = nullptr;
 };
 
+// Lets a kernel's blocks have all the shared memory that the device gives, not just what one launch
+// takes: another thread may be about to launch the same kernel with more.
+inline cudaError_t allow_shared_memory(const void* function) {
+  int device = 0, most = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (status != cudaSuccess) return status;
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
 // What the runtime wants to know for a launch; `attribute` must outlive `config`.
 inline cudaError_t configure(const void* function, const Launch& l, cudaLaunchConfig_t& config,
                              cudaLaunchAttribute& attribute) {
   cudaError_t status = cudaSuccess;
-  if (l.shared_bytes > 48 * 1024) {
-    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(l.shared_bytes));
-  }
+  if (l.shared_bytes > 48 * 1024) status = allow_shared_memory(function);
   if (status == cudaSuccess && l.cluster > 8) {
     status = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
@@ -108,10 +117,10 @@ inline cudaError_t configure(const void* function, const Launch& l, cudaLaunchCo
   config.blockDim = l.block;
   config.dynamicSmemBytes = l.shared_bytes;
   config.stream = l.stream;
-  if (l.cluster > 1) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = l.cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = l.cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  if (l.cluster > 1) {  // devices before Hopper know no clusters
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
@@ -124,9 +133,11 @@ int launch(void (*kernel)(P...), const Launch& l, A&&... arguments) {
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attribute{};
   cudaError_t status = configure(reinterpret_cast<const void*>(kernel), l, config, attribute);
-  if (status != cudaSuccess) return status;
-  status = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
-  return status == cudaSuccess ? cudaGetLastError() : status;
+  if (status == cudaSuccess) {
+    status = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+  }
+  if (status != cudaSuccess) cudaGetLastError();  // ours alone: others need not find it there
+  return status;
 }
 
 inline int fill_zero(void* pointer, size_t bytes, cudaStream_t stream) {

@@ -37,9 +37,12 @@ template <class... P> int resident_clusters(void (*kernel)(P...), const Launch& 
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attribute{};
-  const cudaError_t status = configure(function, l, config, attribute);
-  if (status != cudaSuccess) return status;
-  return cudaOccupancyMaxActiveClusters(&clusters, function, &config);
+  cudaError_t status = configure(function, l, config, attribute);
+  config.attrs = &attribute;  // a launch may leave out that a cluster is one block, a query may not
+  config.numAttrs = 1;
+  if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&clusters, function, &config);
+  if (status != cudaSuccess) cudaGetLastError();  // as in launch()
+  return status;
 }
 
 // mbarriers: a phase ends when all arrivals and all announced bytes have come.
@@ -66,6 +69,8 @@ RBM_DEVICE void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
 RBM_DEVICE void barrier_arrive_remote(uint32_t remote_barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");
 }
+// Acquires for the block, though other blocks complete phases too: what they send is in this block's
+// shared memory, and to acquire for the cluster would also empty the L1 cache.
 RBM_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"

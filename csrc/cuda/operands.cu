@@ -149,7 +149,7 @@ RBM_DEVICE void write_tile(const Planes& planes, int digits, int64_t term0, int6
   }
 }
 
-__global__ void __launch_bounds__(kThreads) weights_kernel(const WeightPlanes a, int digits) {
+__global__ void __launch_bounds__(kThreads, 2) weights_kernel(const WeightPlanes a, int digits) {
   auto* words = reinterpret_cast<uint32_t*>(shared_memory());  // [visible][hidden]
   const float scale = scale_of(*a.largest, digits), inverse = inverse_of(scale);
   const int64_t visible0 = static_cast<int64_t>(blockIdx.x) * kTile;
