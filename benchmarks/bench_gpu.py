@@ -237,6 +237,9 @@ def reported(line: Line, variant: str) -> Iterator[None]:
         yield
     except Exception as error:
         words = f"{type(error).__name__}: {error}"
+        # What broke a capture is the context of the error that ends it.
+        if error.__context__ is not None:
+            words = f"{type(error.__context__).__name__}: {error.__context__}; then {words}"
         line.left_out[variant] = words[:2000]
         print(f"{line.title}: {variant} is left out: {words[:500]}", flush=True)
 

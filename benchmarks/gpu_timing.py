@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import time
@@ -79,13 +80,15 @@ class Device:
         with torch.cuda.stream(side):
             for _ in range(3):
                 call()
-            # Not torch.cuda.graph, which collects garbage before each of hundreds of captures.
+            # Not torch.cuda.graph, which empties torch's cache before each of hundreds of captures.
             torch.cuda.synchronize()
+            gc.disable()  # a graph or a module that is freed meanwhile would end the capture
             graph.capture_begin(pool=self.pool)
             try:
                 call()
             finally:
                 graph.capture_end()
+                gc.enable()
         torch.cuda.current_stream().wait_stream(side)
         return graph.replay
 

@@ -5,6 +5,7 @@ The operations' own tests run there too (see support.on_the_gpu); these need the
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -152,6 +153,22 @@ def test_every_regime_has_the_bits_of_the_cpu(
     monkeypatch.setenv("RBM_KERNELS_CUDA_REGIME", regime)
     for kind in ("binary", "grey"):
         assert_agree(size, kind, precision, "cuda", DEVICE)
+
+
+@pytest.mark.skipif("triton" not in ON_GPU, reason="the triton backend does not run here")
+@each_kind
+@pytest.mark.parametrize("tile", [0, 1, 2])
+def test_every_tile_has_the_bits_of_the_cpu(
+    kind: str, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that are slower on this GPU, which a call never chooses."""
+    tuning = importlib.import_module("rbm_kernels.backends.triton.tuning")
+    monkeypatch.setattr(tuning, "_chosen", {})
+    for name in ("PRODUCT", "GRADIENT"):
+        configs = getattr(tuning, name)
+        monkeypatch.setattr(tuning, name, [configs[tile % len(configs)]])
+    for precision in ("highest", "high"):
+        assert_agree((301, 129, 1000), kind, precision, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("kind", ["binary", "gaussian"])

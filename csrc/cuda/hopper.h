@@ -69,8 +69,8 @@ RBM_DEVICE void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
 RBM_DEVICE void barrier_arrive_remote(uint32_t remote_barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");
 }
-// Acquires for the block, though other blocks complete phases too: what they send is in this block's
-// shared memory, and to acquire for the cluster would also empty the L1 cache.
+// Acquires for the block, though other blocks complete phases too: what they send is in this
+// block's shared memory, and to acquire for the cluster would also empty the L1 cache.
 RBM_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"

@@ -122,6 +122,7 @@ std::string regime(int64_t rows, int n_visible, int n_hidden, int64_t sweeps, in
                    int device) {
   Device found{};
   if (device_of(device, found)) return "no such device";
+  const CurrentDevice current(device);  // whose clusters choose() asks for
   const Choice choice = choose(found, rows, n_visible, n_hidden, sweeps, digits);
   std::string words = kNames[static_cast<size_t>(choice.chain)];
   if (choice.cluster > 0) words += " of " + std::to_string(choice.cluster);

@@ -67,8 +67,12 @@ def runs_on(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the tensors are on {device}"
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"{device} has compute capability {major}.{minor}, and the kernels need 8.0"
+    # Newer devices run an older one's code or compile its PTX; older ones can do neither.
+    built = info.build_info().get("cuda", {}).get("architectures", ["80"])
+    lowest = min(int(arch.rstrip("af")) for arch in built)
+    if 10 * major + minor < lowest:
+        need = f"{lowest // 10}.{lowest % 10}"
+        return f"{device} has compute capability {major}.{minor}, and the kernels need {need}"
     return None
 
 

@@ -36,7 +36,9 @@ def _size_class(rows: int) -> int:
 
 def _time(run: Callable[[Config], None], config: Config) -> float:
     try:
-        return float(triton.testing.do_bench(lambda: run(config), warmup=5, rep=20))
+        return float(
+            triton.testing.do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median")
+        )
     except triton.OutOfResources:
         return float("inf")
 
