@@ -98,7 +98,7 @@ struct HalfSweepResults {
         statistics_sums(units),
         states(rows * units),
         means(rows * units),
-        statistics(digits * round_up(units, kRowBlock) * round_up(rows, kBlock)),
+        statistics(digits * round_up(units, 64) * round_up(rows, kBlock)),
         softplus(slices_of(units) * rows) {}
 };
 
@@ -137,7 +137,7 @@ void test_half_sweep(const char* name, int64_t rows, int given, int units, int d
       a.drawn_sums = r.sums.data();
     }
     if (draw != Draw::gaussian) {
-      a.statistics = {r.statistics.data(), round_up(units, kRowBlock), round_up(rows, kBlock)};
+      a.statistics = {r.statistics.data(), round_up(units, 64), round_up(rows, kBlock)};
       a.statistics_sums = r.statistics_sums.data();
       a.softplus = r.softplus.data();
     }
@@ -169,7 +169,7 @@ void test_gradient(const char* name, int n_visible, int n_hidden, int64_t data_r
   const int64_t terms = first_chain + round_up(chain_rows, kBlock);
   auto bit_words = random_words(n_visible * terms / 32 + 4);
   RandomPlanes statistics =
-      random_planes(digits, n_hidden, round_up(n_hidden, kRowBlock), terms,
+      random_planes(digits, n_hidden, round_up(n_hidden, 64), terms,
                     {{0, data_rows}, {first_chain, first_chain + chain_rows}}, 127);
   std::vector<unsigned long long> sums[4];
   for (int i = 0; i < 4; ++i) {

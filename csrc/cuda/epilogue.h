@@ -59,9 +59,9 @@ RBM_DEVICE uint32_t gather_rows(const uint32_t (&slots)[4], int q) {
   return (high ? upper : low) | shuffle_xor(high ? low : upper, 2);
 }
 
-// The same over the eight lanes of equal q, combined by `add`; lane r is left with unit r / 2's.
-template <class T, class Add>
-RBM_DEVICE T gather_units(const T (&units)[4], int r, const Add& combine) {
+// The same over the eight lanes of equal q, by `combine`; lane r is left with unit r / 2's.
+template <class T, class Combine>
+RBM_DEVICE T gather_units(const T (&units)[4], int r, const Combine& combine) {
   const bool high = r & 4, middle = r & 2;
   T low = high ? units[2] : units[0], upper = high ? units[3] : units[1];
   low = combine(low, shuffle_xor(high ? units[0] : units[2], 16));

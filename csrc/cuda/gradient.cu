@@ -21,7 +21,7 @@ template <int digits, bool real> __global__ void __launch_bounds__(kThreads, 1)
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kTileRows;
   const int64_t unit0 = static_cast<int64_t>(blockIdx.y) * units;
 
-  // After the data, minus what the chains' sums are added to; see the two weights.
+  // The weighted sums of the data, and then those of the chains minus them.
   double difference[n] = {};
 #pragma unroll 1
   for (int phase = 0; phase < 2; ++phase) {

@@ -43,13 +43,12 @@ template <int weights, int groups> RBM_DEVICE void read(int32_t (&out)[weights],
   for (int w = 0; w < weights; ++w) out[w] = sums.of[w][g][s / 2][i / 2][s % 2 * 2 + i % 2];
 }
 
-// The operands of one product: rows row0 .. row0 + 127 of A, rows unit0 .. of B, and the steps of
-// 32 terms from first_step (a multiple of 4) up to last_step.
+// The steps of 32 terms that a product sums: from first_step (a multiple of 4) up to last_step.
 struct Terms {
   int64_t first_step, last_step;
 };
 
-// A tile of planes for one stage: `rows` rows of kChunks chunks of every digit.
+// A tile of planes for one stage: `rows` rows of `chunks` chunks of every digit.
 template <int digits, int chunks, int rows>
 RBM_DEVICE void copy_planes(unsigned char* shared, const Planes& planes, int64_t row0,
                             int64_t first_chunk) {

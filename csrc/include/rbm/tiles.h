@@ -23,10 +23,9 @@
 
 namespace rbm {
 
-constexpr int kStep = 32;      // terms of a matrix instruction
-constexpr int kChunk = 16;     // bytes of a row that lie together in a plane
-constexpr int kBlock = 128;    // planes and bits are padded to this many terms: 4 words of bits
-constexpr int kRowBlock = 64;  // planes are padded to this many rows, 128 where `rows` says so
+constexpr int kStep = 32;    // terms of a matrix instruction
+constexpr int kChunk = 16;   // bytes of a row that lie together in a plane
+constexpr int kBlock = 128;  // rows and terms of planes, and terms of bits, are padded to this
 
 RBM_HD int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
