@@ -12,6 +12,9 @@ from torch import Tensor
 
 # The largest integer that 2 and 3 signed base-256 digits in [-128, 127] can write.
 _LARGEST = {2: 127 * 257, 3: 127 * 65793}
+# The largest layer of the GPU backends: the sums of two digits then fit in an int32
+# (127 * 257 * 65535 < 2^31), and those of the products of three in an int64.
+MOST_UNITS = 65_535
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds a float32 to an integer
 _LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.42860682030941723e-06
 _EXP = (

@@ -91,8 +91,7 @@ struct CdStep {
 };
 int cd_step(const CdStep& a, Call& call);
 
-// How a chain of that many rows and sweeps would be run, in words, and whether products would use
-// Hopper's instructions (regimes.h).
+// How chains of that many rows and sweeps would be run, in words (regimes.h).
 std::string regime(int64_t rows, int n_visible, int n_hidden, int64_t sweeps, int digits,
                    int device);
 

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from rbm_kernels.arithmetic import MOST_UNITS
 from rbm_kernels.backends import cpu, cuda, reference, triton
 
 _log = logging.getLogger("rbm_kernels")
@@ -29,9 +30,6 @@ PREFERRED: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("cuda", "triton", "reference"),
 }
-
-# What an int32 sum of two digits of a weight allows; the GPU backends refuse larger layers.
-_MOST_UNITS = 65_535
 
 
 def _refusal(name: str, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -56,8 +54,8 @@ def _automatic(operation: str, device: torch.device, dtype: torch.dtype, units: 
     reasons = ""
     for name in PREFERRED.get(device.type, ("reference",)):
         refusal = _refusal(name, operation, device, dtype)
-        if refusal is None and name in ("cuda", "triton") and units > _MOST_UNITS:
-            refusal = f"a layer has {units} units, more than {_MOST_UNITS}"
+        if refusal is None and name in ("cuda", "triton") and units > MOST_UNITS:
+            refusal = f"a layer has {units} units, more than {MOST_UNITS}"
         if refusal is None:
             break
         reasons += f"; {name}: {refusal}"

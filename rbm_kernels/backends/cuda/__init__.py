@@ -2,8 +2,8 @@
 
 Every call goes to the current stream of the tensors' device and comes back without waiting for it:
 memory comes from torch's allocator and nothing is read back, so that a call can be captured in a
-CUDA graph. For the same reason values that are not finite cannot be refused here. Where a weight
-is NaN or infinite, probabilities, energies and gradients come out as NaN.
+CUDA graph. For the same reason values that are not finite cannot be refused here. Where a
+parameter is NaN or infinite, probabilities, energies and gradients come out as NaN.
 
 bool states are known to be 0 or 1. Of all others the device finds out, which costs some launches of
 kernels that return at once; both kinds give the same results.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rbm_kernels import info
+from rbm_kernels.arithmetic import MOST_UNITS
 from rbm_kernels.backends import reference
 
 Beta = float | Tensor
@@ -40,8 +41,8 @@ _FLOAT32 = torch.float32
 _ELEMENTS = {_FLOAT32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3, torch.bool: 3}
 _NO_STATES = (0, 0, 0, 0, False)
 
-# Sums over more units or rows would leave the 32-bit accumulators.
-_MOST_UNITS, _MOST_REAL_UNITS, _MOST_ROWS = 65_535, 43_000, 8_000_000
+# Sums over more units of real states, or over more rows, would leave the 32-bit accumulators.
+_MOST_REAL_UNITS, _MOST_ROWS = 43_000, 8_000_000
 
 
 @functools.cache
@@ -145,9 +146,9 @@ def _kernel_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _check_sizes(op: str, given: Tensor, weight: Tensor, given_name: str) -> None:
     units, computed = weight.shape
-    if units > _MOST_UNITS or computed > _MOST_UNITS:
+    if units > MOST_UNITS or computed > MOST_UNITS:
         raise ValueError(
-            f"{op}: the cuda backend takes at most {_MOST_UNITS} units in a layer, "
+            f"{op}: the cuda backend takes at most {MOST_UNITS} units in a layer, "
             f"got {units} and {computed}"
         )
     if units > _MOST_REAL_UNITS and given.dtype != torch.bool:

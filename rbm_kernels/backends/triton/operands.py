@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rbm_kernels.arithmetic import MOST_UNITS
 from rbm_kernels.backends.triton.arithmetic import (
     INTERPRETED,
     exp_neg,
@@ -26,11 +27,6 @@ from rbm_kernels.backends.triton.arithmetic import (
     split_digit,
 )
 from rbm_kernels.backends.triton.product import PADDING
-
-# Up to here the sums of two digits fit in int32 (127 * 257 * 65535 < 2^31), and those of the
-# products of three digits in int64.
-MOST_UNITS = 65535
-
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
