@@ -370,7 +370,7 @@ void test_bulk_copies() {
 enum class Wgmma { right, early_read, early_overwrite, unfenced };
 
 // d [64 x N] = 3 + a b', a [64, 128], b [N, 128], with two products in flight.
-template <int N, bool b_signed, Wgmma how>
+template <int N, bool b_signed, Wgmma how, bool a_signed>
 __global__ void wgmma_kernel(const unsigned char* a, const unsigned char* b, int32_t* d) {
   constexpr int kDepth = 128, kLeading = 128, kStride = kDepth / 16 * 128;
   unsigned char* shared = shared_memory();  // [N / 8, depth / 16, 8, 16]
@@ -391,7 +391,7 @@ __global__ void wgmma_kernel(const unsigned char* a, const unsigned char* b, int
                   a + (row + i % 2 * 8) * kDepth + step * 32 + i / 2 * 16 + lane % 4 * 4, 4);
     }
     if (how != Wgmma::unfenced) wgmma_fence();
-    wgmma_registers<N, b_signed>(
+    wgmma_registers<N, b_signed, a_signed>(
         sums, rows[step], matrix_descriptor(shared + step * 2 * kLeading, kLeading, kStride));
     wgmma_commit();
     if (how == Wgmma::early_overwrite) rows[step][0] = 0;
@@ -404,11 +404,11 @@ __global__ void wgmma_kernel(const unsigned char* a, const unsigned char* b, int
   if (how == Wgmma::early_read) wgmma_wait<0>();
 }
 
-template <int N, bool b_signed, Wgmma how = Wgmma::right>
+template <int N, bool b_signed, Wgmma how = Wgmma::right, bool a_signed = false>
 std::vector<int32_t> run_wgmma(const std::vector<unsigned char>& a,
                                const std::vector<unsigned char>& b) {
   std::vector<int32_t> d(64 * N);
-  launch(wgmma_kernel<N, b_signed, how>, {1, 128, N * 128}, a.data(), b.data(), d.data());
+  launch(wgmma_kernel<N, b_signed, how, a_signed>, {1, 128, N * 128}, a.data(), b.data(), d.data());
   return d;
 }
 
@@ -418,6 +418,8 @@ template <int N> void test_wgmma() {
          "wgmma u8 s8, N = " + std::to_string(N));
   expect(run_wgmma<N, false>(a, b) == product(a, false, b, false, 64, N, 128, 3),
          "wgmma u8 u8, N = " + std::to_string(N));
+  expect(run_wgmma<N, true, Wgmma::right, true>(a, b) == product(a, true, b, true, 64, N, 128, 3),
+         "wgmma s8 s8, N = " + std::to_string(N));
 }
 
 void test_misuse_of_wgmma() {

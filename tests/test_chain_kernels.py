@@ -12,6 +12,8 @@ SOURCES = (
     ROOT / "tests" / "chain_kernels.cu",
     CUDA / "chain.cu",
     CUDA / "chain_sm90a.cu",
+    CUDA / "gaussian_chain.cu",
+    CUDA / "gaussian_chain_sm90a.cu",
     *CUDA.glob("emulated*.cpp"),
 )
 

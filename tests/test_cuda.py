@@ -7,6 +7,7 @@ the emulated build (RBM_KERNELS_CUDA_EMULATED=1, while building and while testin
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import shlex
 import shutil
@@ -332,23 +333,56 @@ def outcomes(kind: str, rows: int, V: int, H: int, backend: str, precision: str)
     return results
 
 
+def gaussian_outcomes(rows: int, V: int, H: int, backend: str, precision: str) -> list[Tensor]:
+    """The same of Gaussian units, of states in several dtypes; only what is bound to the bit."""
+    v = normal(rows, V + 3, seed=1, scale=2.0)[:, 1 : 1 + V]  # rows that are not aligned
+    v[-1] *= 3e3
+    W, b, c = normal(V, H, seed=3, scale=0.5), normal(V, seed=4), normal(H, seed=5)
+    mask, masks = binary(V, seed=6, p=0.3).bool(), binary(rows, V, seed=7, p=0.3).bool()
+    log_var, beta = normal(V, seed=8, scale=0.7), torch.linspace(0.1, 2, rows)
+    common: dict[str, Any] = {"seed": (5, 2**33), "backend": backend, "precision": precision}
+    common["log_var"] = log_var
+
+    def sample(start: Tensor, k: int, **more: Any) -> Tensor:
+        return rk.gibbs_sample(start, W, b, c, k, **more, **common)
+
+    results = [
+        sample(v, 3, chain_offset=3),
+        sample(v.bfloat16(), 2, beta=beta),
+        sample((v > 0).to(torch.uint8), 1, beta=0.7),
+        sample(v, 2, clamp=mask),
+        sample(v.half(), 2, clamp=(masks, normal(rows, V, seed=9).bfloat16()), beta=beta),
+        sample(v, 1, clamp=(mask, normal(V, seed=9))),
+    ]
+    for data, chains in (
+        (v, None),
+        (v > 0, None),
+        (v, normal(rows // 2 + 1, V, seed=10).half()),
+        (v, normal(1, V, seed=11).expand(rows + 1, V)),
+    ):
+        step = rk.cd_step(data, W, b, c, 2, chains=chains, **common)
+        results += [step.chains, step.grad_W, step.grad_c]
+    return results
+
+
 @needs_kernels
 @pytest.mark.parametrize("precision", ["highest", "high"])
-@pytest.mark.parametrize("kind", ["binary", "bool", "grey"])
+@pytest.mark.parametrize("kind", ["binary", "bool", "grey", "gaussian"])
 def test_regimes_give_the_same_bits(
     kind: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limbs = arithmetic.limbs_of("", precision)
+    limbs, gaussian = arithmetic.limbs_of("", precision), kind == "gaussian"
+    run = gaussian_outcomes if gaussian else functools.partial(outcomes, kind)
     found = set()
     for rows, V, H in ((5, 3, 2), (70, 37, 50), (33, 130, 70)):
-        expected = outcomes(kind, rows, V, H, "reference", precision)
+        expected = run(rows, V, H, "reference", precision)
         for name in REGIMES:
             monkeypatch.setenv("RBM_KERNELS_CUDA_REGIME", name)
-            regime = cuda.regime(rows, V, H, 2, limbs, device).split()[0]
+            regime = cuda.regime(rows, V, H, 2, limbs, device, gaussian).split()[0]
             found.add(regime)
             if regime == name:
                 for place, (x, y) in enumerate(
-                    zip(outcomes(kind, rows, V, H, "cuda", precision), expected, strict=True)
+                    zip(run(rows, V, H, "cuda", precision), expected, strict=True)
                 ):
                     assert same(x, y), f"{name} {rows} {V} {H}: {place} differs"
     # A device that is not Hopper has two of them.
@@ -364,6 +398,11 @@ def test_the_table_names_a_regime(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cuda.regime(128, 784, 500, 2, 2, device) == "cluster of 16"
         assert cuda.regime(129, 784, 500, 2, 2, device) == "cluster of 8"
         assert cuda.regime(128, 784, 500, 1, 2, device) == "tiled"
+        assert cuda.regime(128, 784, 500, 2, 2, device, gaussian=True) == "cluster of 16"
+        assert cuda.regime(129, 784, 500, 2, 2, device, gaussian=True) == "tiled"
+        assert cuda.regime(129, 224, 200, 1, 2, device, gaussian=True) == "resident"
+        assert cuda.regime(128, 240, 200, 1, 2, device, gaussian=True) == "tiled"
+        assert cuda.regime(128, 240, 200, 1, 2, device) == "resident"
     monkeypatch.setenv("RBM_KERNELS_CUDA_REGIME", "titled")
     raises(ValueError, "RBM_KERNELS_CUDA_REGIME", "'titled'")(
         lambda: rk.sample_hidden(binary(2, 3), normal(3, 4), normal(4), backend="cuda")
@@ -372,11 +411,19 @@ def test_the_table_names_a_regime(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_kernels
 @pytest.mark.skipif("cuda" not in EMULATED, reason="the order of threads is the GPU's own")
-def test_no_order_of_threads_changes_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = outcomes("grey", 33, 130, 40, "cuda", "high")
+@pytest.mark.parametrize("kind", ["grey", "gaussian"])
+@pytest.mark.parametrize("regime", ["resident", "cluster"])
+def test_no_order_of_threads_changes_the_bits(
+    regime: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, V, H, gaussian = 33, 130, 40, kind == "gaussian"
+    run = gaussian_outcomes if gaussian else functools.partial(outcomes, kind)
+    monkeypatch.setenv("RBM_KERNELS_CUDA_REGIME", regime)
+    assert cuda.regime(rows, V, H, 2, 2, device, gaussian).split()[0] == regime
+    expected = run(rows, V, H, "cuda", "high")
     for order in ("1", "2"):
         monkeypatch.setenv("RBM_EMULATED_SCHEDULE", order)
-        found = outcomes("grey", 33, 130, 40, "cuda", "high")
+        found = run(rows, V, H, "cuda", "high")
         assert all(same(x, y) for x, y in zip(found, expected, strict=True))
 
 
@@ -497,3 +544,103 @@ def test_sizes_beyond_the_accumulators_are_refused() -> None:
     )
     h = rk.sample_hidden(real.bool(), W[:43_001], one, seed=1, **on)
     assert h.shape == (1, 1)
+
+
+# Gaussian chains in a cluster: gaussian_chain_sm90a.cu.
+
+LIMITS = {"high": 127 * 257, "highest": 127 * 65793}  # the largest integer of two and three digits
+
+
+def chains_in_a_cluster(
+    monkeypatch: pytest.MonkeyPatch, rows: int, V: int, H: int, precision: str
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """States, W and the other arguments of chains for which the cluster is certain to run."""
+    monkeypatch.setenv("RBM_KERNELS_CUDA_REGIME", "cluster")
+    limbs = arithmetic.limbs_of("", precision)
+    if not cuda.regime(rows, V, H, 2, limbs, device, gaussian=True).startswith("cluster"):
+        assert "cuda" not in EMULATED
+        pytest.skip("this device runs no clusters")
+    v, W = normal(rows, V, seed=1, scale=2.0), normal(V, H, seed=2, scale=2 / V**0.5)
+    rest: dict[str, Any] = {"b": normal(V, seed=3), "c": normal(H, seed=4)}
+    rest |= {"log_var": normal(V, seed=5, scale=0.5), "precision": precision, "seed": (3, 2**33)}
+    return v, W, rest
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize(
+    ("rows", "V", "H"),
+    [(420, 37, 50),  # more chains than run at a time
+     (9, 46, 260),  # hidden slices in pieces
+     (70, 190, 150),
+     (5, 600, 20)],  # blocks without hidden units
+)  # fmt: skip
+def test_gaussian_chains_in_a_cluster(
+    rows: int, V: int, H: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    v, W, rest = chains_in_a_cluster(monkeypatch, rows, V, H, precision)
+    for beta in (0.7, torch.linspace(0.2, 1.5, rows)):
+        agree(rk.gibbs_sample, v, W, k=3, beta=beta, chain_offset=2**31, **rest)
+
+
+@needs_kernels
+def test_gaussian_clamps_in_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, V, H = 21, 101, 40
+    v, W, rest = chains_in_a_cluster(monkeypatch, rows, V, H, "high")
+    wide = normal(rows, 2 * V, seed=8, scale=3.0)
+    masks = binary(rows, V, seed=6, p=0.3).bool()
+    for mask in (masks, masks[0], torch.ones(V).bool()):
+        for values in (wide[:, 1 : 1 + V], wide.half()[:, 3 : 3 + V], wide[0, :V].bfloat16()):
+            for start in (v, values.expand(rows, V)):
+                agree(rk.gibbs_sample, start, W, k=2, clamp=(mask, values), **rest)
+        agree(rk.gibbs_sample, (10 * v).abs().byte(), W, k=2, clamp=mask, **rest)
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_gaussian_gradients_by_way_of_a_cluster(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    v, W, rest = chains_in_a_cluster(monkeypatch, 40, 98, 70, precision)
+    for chains in (None, v[:9] * 2, v[:1].bfloat16().expand(150, 98)):
+        mine, theirs = (
+            rk.cd_step(v, W, k=3, chains=chains, backend=backend, **rest)
+            for backend in ("cuda", "reference")
+        )
+        for name in ("chains", "grad_W", "grad_c"):
+            assert same(getattr(mine, name), getattr(theirs, name)), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_blocks_of_a_cluster_agree_on_scales(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One unit decides a chain's scale, wherever in the cluster its block is."""
+    rows, V, H = 34, 130, 40
+    v, W, rest = chains_in_a_cluster(monkeypatch, rows, V, H, precision)
+    rest["log_var"] = torch.zeros(V)
+    v *= torch.logspace(-36, 36, rows)[:, None]
+    v[3] = 0
+    # On either side of where the largest integer would no longer fit, after rounding half to even.
+    for row, part in enumerate((-0.5, 0.0, 0.25, 0.5, 0.75), start=10):
+        v[row] = normal(V, seed=row)
+        v[row, 31 * (row - 10) + 3] = (LIMITS[precision] + part) * 2.0**-9
+    # Clamped, so that they are the states of all sweeps.
+    mask = (torch.arange(V) % 31 == 3) | (binary(V, seed=6, p=0.8) > 0)
+    for k in (1, 3):
+        agree(rk.gibbs_sample, v, W, k=k, clamp=mask, **rest)
+
+
+@needs_kernels
+@pytest.mark.skipif("cuda" not in EMULATED, reason="the order of threads is the GPU's own")
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_no_order_of_threads_changes_a_gaussian_cluster(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, V, H = 300, 98, 70
+    v, W, rest = chains_in_a_cluster(monkeypatch, rows, V, H, precision)
+    expected = rk.gibbs_sample(v, W, k=3, backend="reference", **rest)
+    for order in range(8):
+        monkeypatch.setenv("RBM_EMULATED_SCHEDULE", str(order))
+        assert same(rk.gibbs_sample(v, W, k=3, backend="cuda", **rest), expected), order

@@ -77,7 +77,9 @@ int cd_step(const CdStep& a, Call& call) {
 
   weights.count(run, a.W);
   const int V = weights.n_visible, H = weights.n_hidden;
-  const Choice choice = choose(run.device, n_chains, V, H, a.sweeps, call.digits);
+  const Choice choice = choose(run.device, n_chains, V, H, a.sweeps, call.digits, gaussian);
+  // Gaussian chains on the chip start from the real states themselves.
+  const bool from_start = gaussian && on_chip(choice);
   data.count(run, a.v, gaussian);
   if (persistent) chains.count(run, a.chains, gaussian);
   statistics.count(run, V, H);
@@ -107,12 +109,12 @@ int cd_step(const CdStep& a, Call& call) {
   data.packed.terms_words = statistics.terms / 32;
   data.packed.sums = statistics.visible_sums[kData];
   prepare(run, data, precision);
-  if (persistent) prepare(run, chains, precision);
+  if (persistent && !from_start) prepare(run, chains, precision);
 
   // The data phase draws the first hidden states on its way, if the chains start there.
   HalfSweep h = half_sweep_of(run, weights, true, n_data, a.c, temperature);
   statistics.request(h, kData);
-  if (!persistent) {
+  if (!persistent && !from_start) {
     h.draw = Draw::bernoulli;
     h.drawn_bits = hidden;
   }
@@ -125,9 +127,11 @@ int cd_step(const CdStep& a, Call& call) {
   h = half_sweep_of(run, weights, true, n_chains, a.c, temperature);
   statistics.request(h, kChains);
   if (gaussian) {
+    gaussian_chain(run, sweeps, static_cast<float*>(a.advanced), start, !persistent, precision,
+                   choice);
     ValuePlanes between = start.values;
-    real_chain(run, sweeps, static_cast<float*>(a.advanced), between, !persistent, Guard{});
     between.states = advanced;
+    between.factor = precision;
     run.status += quantise_values(between, call.digits, run.stream);
     from_values(run, h, between, Guard{});
   } else {

@@ -2,16 +2,23 @@
 #pragma once
 
 #include "half_sweep.h"
+#include "operations.h"
 
 namespace rbm::cuda {
 
-// Bernoulli units only. Half-sweeps 2t (hidden) and 2t + 1 (visible) for t = 0 .. sweeps - 1.
+// Half-sweeps 2t (hidden) and 2t + 1 (visible) for t = 0 .. sweeps - 1.
 struct Chain {
   int64_t rows;
   int n_visible, n_hidden;
   int64_t sweeps;         // at least 1
   const uint32_t* start;  // [rows][words_of(n_visible)], units that keep a value at that value
   Guard guard;
+
+  // Gaussian visible units, or null: Bernoulli ones. They start from `start_values` in place of
+  // `start` and have one result: `states`, which is float32.
+  const float* log_var;
+  const float* precision;  // [n_visible]: exp(-log_var)
+  Matrix start_values;     // [rows, n_visible]
 
   Planes to_hidden;   // the weights as HalfSweep wants them for v -> h: rows hidden, terms visible
   Planes to_visible;  // and for h -> v: rows visible, terms hidden
@@ -25,7 +32,7 @@ struct Chain {
   uint32_t chain_offset;
   uint64_t half_sweep;  // index of the first half-sweep
 
-  // Visible units that keep a value, as in HalfSweep (here 0 or 1; `states` is float32 then).
+  // Visible units that keep a value, as in HalfSweep (Bernoulli units 0 or 1; `states` is float32).
   const uint8_t* mask;
   int64_t mask_stride;
   const void* held;
@@ -42,16 +49,16 @@ struct Chain {
 };
 
 // Whether the weights fit into one block's shared memory of that many bytes.
-bool chain_fits(int n_visible, int n_hidden, int digits, int shared_bytes);
+bool chain_fits(int n_visible, int n_hidden, int digits, int shared_bytes, bool gaussian);
 // On any GPU from sm_80. A cudaError_t: cudaErrorInvalidValue where the weights do not fit.
 int chain(const Chain& a, int digits, cudaStream_t stream);
 
 // The weights spread over the blocks of a cluster (chain_sm90a.cu). How many blocks it takes to
 // hold them and 128 chains: 1, 2, 4, 8 or 16, or 0 where not even 16 do.
-int chain_sm90a_cluster(int n_visible, int n_hidden, int digits, int shared_bytes);
-// With that many blocks or more, on sm_90 only. A cudaError_t as above.
+int chain_sm90a_cluster(int n_visible, int n_hidden, int digits, int shared_bytes, bool gaussian);
 // How many clusters of so many blocks the device runs at a time, 64 chains or more in each.
-int chain_sm90a_clusters(int digits, int cluster, int shared_bytes);
+int chain_sm90a_clusters(int digits, int cluster, int shared_bytes, bool gaussian);
+// With that many blocks or more, on sm_90 only. A cudaError_t as above.
 int chain_sm90a(const Chain& a, int digits, int cluster, cudaStream_t stream);
 
 }  // namespace rbm::cuda

@@ -1,47 +1,23 @@
-// Chains whose weights are spread over the shared memory of a cluster of Hopper's blocks.
+// Bernoulli chains whose weights are spread over the shared memory of a cluster of Hopper's blocks.
 //
-// Each block has the digits of its slice of either layer's units and computes that slice for all
-// chains of the cluster. A warpgroup runs 64 chains, and while it draws, another one multiplies.
-// Nothing but bits crosses the cluster, and nobody waits for all: a warp waits for the warps of the
-// other blocks that have its sixteen chains.
-#include <algorithm>
-#include <atomic>
+// While a warpgroup draws, another one multiplies. Nothing but bits crosses the cluster, and nobody
+// waits for all: a warp waits for the warps of the other blocks that have its sixteen chains.
 #include <iterator>
 
-#include "chain.h"
-#include "chain_warp.h"
-#include "hopper.h"
+#include "chain_cluster.h"
+#include "gaussian_chain_sm90a.h"
 
 namespace rbm::cuda {
 namespace {
 
-constexpr int kGroupChains = 64, kGroupThreads = 128;
 constexpr int kMostGroups = 3;  // warpgroups of a block
-constexpr int kClusters[] = {1, 2, 4, 8, 16};
 
 // Units that a warpgroup computes at once. Two warpgroups have 255 registers a thread for their
 // sums, three have 168.
 constexpr int kUnits[2][2] = {{128, 96}, {96, 64}};  // [warpgroups - 2][digits - 2]
 
-// A block's part of a layer: whole words of 32 units, the last block's up to a half more.
-struct Slice {
-  int first_word, last_word, rows;  // rows: units up to a multiple of 16
-};
-
-RBM_HD Slice slice_of(int units, int blocks, int rank) {
-  const int groups = groups_of(units), whole = groups / 2;
-  const int first = (rank * whole + blocks - 1) / blocks;
-  if (rank + 1 == blocks) return {first, state_words(units), 16 * groups - 32 * first};
-  const int last = ((rank + 1) * whole + blocks - 1) / blocks;
-  return {first, last, 32 * (last - first)};
-}
-
 // Where things lie in the shared memory of every block of a cluster. The warps' states are two
 // buffers, one a layer, or one for both: see chain_in_cluster.
-struct ClusterLayer {
-  int units, steps;       // drawn units, and steps of 32 given ones
-  unsigned planes, bias;  // byte offsets
-};
 struct ClusterModel {
   ClusterLayer hidden, visible;
   unsigned states, warp_bytes, hidden_states;  // the last: from a warp's visible states on
@@ -66,11 +42,8 @@ ClusterModel cluster_model(int n_visible, int n_hidden, int digits, int cluster,
   ClusterModel m{};
   m.hidden = {n_hidden, state_words(n_visible), 0, 0};
   m.visible = {n_visible, state_words(n_hidden), 0, 0};
-  unsigned hidden_rows = 0, visible_rows = 0;
-  for (int rank = 0; rank < cluster; ++rank) {
-    hidden_rows = std::max(hidden_rows, 0u + slice_of(n_hidden, cluster, rank).rows);
-    visible_rows = std::max(visible_rows, 0u + slice_of(n_visible, cluster, rank).rows);
-  }
+  const unsigned hidden_rows = static_cast<unsigned>(largest_slice(n_hidden, cluster));
+  const unsigned visible_rows = static_cast<unsigned>(largest_slice(n_visible, cluster));
   const unsigned hidden_bytes =
       static_cast<unsigned>(digits * kStep * m.hidden.steps) * hidden_rows;
   const unsigned visible_bytes =
@@ -99,92 +72,9 @@ ClusterModel cluster_model(int n_visible, int n_hidden, int digits, int cluster,
   return m;
 }
 
-// Bytes of weights in a whole cluster, so that offsets of what cannot fit do not overflow.
-bool far_too_large(int n_visible, int n_hidden, int shared_bytes) {
-  return int64_t{n_visible} * n_hidden > int64_t{16} * shared_bytes;
-}
-
 RBM_DEVICE ClusterLayer drawn_layer(const ClusterModel& m, bool visible) {
   return {visible ? m.visible.units : m.hidden.units, visible ? m.visible.steps : m.hidden.steps,
           visible ? m.visible.planes : m.hidden.planes, visible ? m.visible.bias : m.hidden.bias};
-}
-
-RBM_DEVICE uint32_t slice_bytes(const ClusterLayer& l, const Slice& slice, int digits) {
-  return static_cast<uint32_t>(digits * kStep * l.steps * slice.rows);
-}
-
-// Starts a warp's share of the copies of a slice; one thread calls.
-RBM_DEVICE void load_slice(const ClusterLayer& l, const Slice& slice, int digits,
-                           const Planes& planes, int warp, uint64_t* barrier) {
-  if (slice.rows == 0) return;
-  unsigned char* shared = shared_memory() + l.planes;
-  const int chunks = 2 * l.steps, bytes = slice.rows * kChunk;
-  for (int piece = warp; piece < digits * chunks; piece += static_cast<int>(blockDim.x) / 32) {
-    const int64_t from =
-        chunk_offset(planes, piece / chunks, piece % chunks, int64_t{32} * slice.first_word);
-    bulk_copy(shared + piece * bytes, planes.data + from, static_cast<uint32_t>(bytes), barrier);
-  }
-}
-
-RBM_DEVICE void load_bias(const ClusterLayer& l, const Slice& slice, const float* bias) {
-  float* shared = reinterpret_cast<float*>(shared_memory() + l.bias);
-  for (int i = static_cast<int>(threadIdx.x); i < slice.rows; i += static_cast<int>(blockDim.x)) {
-    const int unit = 32 * slice.first_word + i;
-    shared[i] = unit < l.units ? -bias[unit] : 0.0f;
-  }
-}
-
-// x = the sums of the warpgroup's 64 chains for N units of a slice, from row `row` of its planes
-// on, in the order of wgmma's registers. Rows past the slice's are whatever follows it in memory.
-template <int digits, int N>
-RBM_DEVICE void multiply_states(float (&x)[N / 2], const ClusterLayer& l, int slice_rows, int row,
-                                const uint32_t* states, const WarpChains& w) {
-  int32_t sums[digits][N / 2];
-#pragma unroll
-  for (int j = 0; j < digits * N / 2; ++j) sums[j / (N / 2)][j % (N / 2)] = 0;
-  // In the descriptor's units of 16 bytes, a chunk of the slice is `rows` long.
-  const uint32_t rows = static_cast<uint32_t>(slice_rows), steps = static_cast<uint32_t>(l.steps);
-  const uint64_t first =
-      matrix_descriptor(shared_memory() + l.planes + row * kChunk, rows * kChunk, 8 * kChunk);
-  uint32_t planes = static_cast<uint32_t>(first);
-  const uint64_t layout = first >> 32 << 32;
-  const uint2* words = reinterpret_cast<const uint2*>(states + 2 * w.r);
-  const auto issue = [&](const uint32_t (&a)[4]) {
-    wgmma_fence();
-#pragma unroll
-    for (int d = 0; d < digits; ++d) {
-      wgmma_registers<N, true>(sums[d], a, layout | (planes + 2 * d * steps * rows));
-    }
-    wgmma_commit();
-    planes += 2 * rows;
-  };
-  // A fragment's registers are free when the step after it has been issued and all but that one
-  // are done. Words are read one step ahead, at the end past the last.
-  constexpr int kStepWords = kWarpChains / 2;
-  uint32_t even[4], odd[4];
-  uint2 next = words[0];
-  for (uint32_t step = 0;; step += 2, words += 2 * kStepWords) {
-    unpack_states(even, next, w.q);
-    next = words[kStepWords];
-    issue(even);
-    wgmma_wait<1>();
-    if (step + 1 >= steps) break;
-    unpack_states(odd, next, w.q);
-    next = words[2 * kStepWords];
-    issue(odd);
-    wgmma_wait<1>();
-    if (step + 2 >= steps) break;
-  }
-  wgmma_wait<0>();
-#pragma unroll
-  for (int d = 0; d < digits; ++d) wgmma_results(sums[d]);
-#pragma unroll
-  for (int j = 0; j < N / 2; ++j) {
-    int32_t parts[digits];
-#pragma unroll
-    for (int d = 0; d < digits; ++d) parts[d] = sums[d][j];
-    x[j] = binary_sum(parts);
-  }
 }
 
 RBM_DEVICE WarpBarriers* warp_barriers(int warp) {
@@ -195,25 +85,6 @@ RBM_DEVICE void tell_read(uint64_t* free, int lane) {
   warp_sync();
   if (lane < static_cast<int>(cluster_size())) {
     barrier_arrive_remote(remote_address(shared_address(free), static_cast<uint32_t>(lane)));
-  }
-}
-
-// Sends the block's words of the warp's states to the other blocks, and announces theirs.
-RBM_DEVICE void exchange(const uint32_t* states, const Slice& slice, int words, uint64_t* full,
-                         int lane) {
-  const uint32_t size = cluster_size(), rank = cluster_rank();
-  const int own = slice.last_word - slice.first_word;
-  const uint32_t* first = states + kWarpChains * slice.first_word;
-  const uint32_t address = shared_address(first), barrier = shared_address(full);
-  for (uint32_t i = 1 + static_cast<uint32_t>(lane) / 16; i < size; i += 2) {
-    const uint32_t target = (rank + i) % size;
-    for (int chunk = lane % 16; chunk < 4 * own; chunk += 16) {
-      store_async16(remote_address(address + 16 * static_cast<uint32_t>(chunk), target),
-                    reinterpret_cast<const uint4*>(first)[chunk], remote_address(barrier, target));
-    }
-  }
-  if (lane == 0) {
-    barrier_arrive_expect(full, static_cast<uint32_t>(4 * kWarpChains * (words - own)));
   }
 }
 
@@ -232,8 +103,10 @@ template <int digits, int N>
 RBM_DEVICE void run_units(const Chain& a, const HalfSweepOfWarp& h, const WarpChains& w, int row) {
   const int unit = 32 * h.slice.first_word + row;
   // Before the product, so that its loads need not be waited for after it.
+  const float minus_scale = -*a.weight_scale;
   const LayerDraw draw{key_of(a.seed, a.half_sweep + static_cast<uint64_t>(h.index)),
-                       -*a.weight_scale, unit,
+                       {minus_scale, minus_scale},
+                       unit,
                        reinterpret_cast<const float*>(shared_memory() + h.layer.bias) + row};
   float x[N / 2];
   multiply_states<digits, N>(x, h.layer, h.slice.rows, row, h.given, w);
@@ -353,25 +226,12 @@ template <int digits, int groups> __global__ void __launch_bounds__(groups* kGro
   cluster_sync();  // no block leaves while another one may still tell it something
 }
 
-// How many clusters run at a time, one block on a multiprocessor. Asked once for all models.
-template <int digits, int groups>
-int clusters_at_a_time(int cluster, int shared_bytes, int& clusters) {
-  static std::atomic<int> known[17];
-  clusters = known[cluster];
-  if (clusters != 0) return cudaSuccess;
-  const unsigned size = static_cast<unsigned>(cluster);
-  const Launch largest{dim3(size), dim3(groups * kGroupThreads),
-                       static_cast<unsigned>(shared_bytes), size, nullptr};
-  const int status = resident_clusters(chain_in_cluster<digits, groups>, largest, clusters);
-  if (status == cudaSuccess) known[cluster] = clusters;
-  return status;
-}
-
 template <int digits, int groups> int launch_chain(const Chain& a, const ClusterModel& m,
                                                    int cluster, int shared_bytes,
                                                    cudaStream_t stream) {
   int clusters = 0;
-  const int status = clusters_at_a_time<digits, groups>(cluster, shared_bytes, clusters);
+  const int status = clusters_at_a_time<chain_in_cluster<digits, groups>>(
+      groups * kGroupThreads, cluster, shared_bytes, clusters);
   if (status != cudaSuccess) return status;
   if (clusters == 0) return cudaErrorInvalidConfiguration;
   // With few chains, a cluster for each 64 of them.
@@ -385,9 +245,13 @@ template <int digits, int groups> int launch_chain(const Chain& a, const Cluster
 
 }  // namespace
 
-int chain_sm90a_cluster(int n_visible, int n_hidden, int digits, int shared_bytes) {
+int chain_sm90a_cluster(int n_visible, int n_hidden, int digits, int shared_bytes, bool gaussian) {
   if (n_visible < 1 || n_hidden < 1 || far_too_large(n_visible, n_hidden, shared_bytes)) return 0;
   for (int cluster : kClusters) {
+    if (gaussian) {
+      if (gaussian_chain_fits(n_visible, n_hidden, digits, cluster, shared_bytes)) return cluster;
+      continue;
+    }
     // One warpgroup alone would leave the tensor cores idle while it draws.
     if (cluster_model(n_visible, n_hidden, digits, cluster, 2, shared_bytes).groups == 2) {
       return cluster;
@@ -396,10 +260,16 @@ int chain_sm90a_cluster(int n_visible, int n_hidden, int digits, int shared_byte
   return 0;
 }
 
-int chain_sm90a_clusters(int digits, int cluster, int shared_bytes) {
-  int clusters = 0;
-  const int status = digits == 2 ? clusters_at_a_time<2, 2>(cluster, shared_bytes, clusters)
-                                 : clusters_at_a_time<3, 2>(cluster, shared_bytes, clusters);
+int chain_sm90a_clusters(int digits, int cluster, int shared_bytes, bool gaussian) {
+  int clusters = 0, status = cudaSuccess;
+  constexpr int kThreads = 2 * kGroupThreads;
+  if (gaussian) {
+    status = gaussian_chain_clusters(digits, cluster, shared_bytes, clusters);
+  } else if (digits == 2) {
+    status = clusters_at_a_time<chain_in_cluster<2, 2>>(kThreads, cluster, shared_bytes, clusters);
+  } else {
+    status = clusters_at_a_time<chain_in_cluster<3, 2>>(kThreads, cluster, shared_bytes, clusters);
+  }
   return status == cudaSuccess ? clusters : 0;
 }
 
@@ -416,6 +286,7 @@ int chain_sm90a(const Chain& a, int digits, int cluster, cudaStream_t stream) {
   if (!known || a.n_hidden < 1 || far_too_large(a.n_visible, a.n_hidden, shared_bytes)) {
     return cudaErrorInvalidValue;
   }
+  if (a.log_var != nullptr) return gaussian_chain_sm90a(a, digits, cluster, shared_bytes, stream);
   const auto model = [&](int most_groups) {
     return cluster_model(a.n_visible, a.n_hidden, digits, cluster, most_groups, shared_bytes);
   };

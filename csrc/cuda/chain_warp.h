@@ -68,8 +68,8 @@ RBM_DEVICE void unpack_states(uint32_t (&a)[4], uint2 words, int q) {
 // What the draws of a half-sweep need to know. Scale and bias are negated: the draws want -x.
 struct LayerDraw {
   HalfSweepKey key;
-  float minus_scale;
-  int first_unit;           // of the biases and of the sums, a multiple of 32
+  float minus_scale[2];     // of both slots' sums
+  int first_unit;           // of the biases and of the sums, a multiple of 16
   const float* minus_bias;  // in shared memory, readable up to a whole group of 16
 };
 
@@ -91,7 +91,7 @@ RBM_DEVICE void draw_units(uint32_t (&bits)[2][(groups + 1) / 2], const LayerDra
       float e[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float minus_x = mul(w.beta[s], fma(sum(g, s, i), draw.minus_scale, minus_bias[i]));
+        const float minus_x = mul(w.beta[s], fma(sum(g, s, i), draw.minus_scale[s], minus_bias[i]));
         e[i] = exp_clamped(minus_x);
       }
       uint32_t words[4];
@@ -181,6 +181,31 @@ RBM_DEVICE void write_results(const Chain& a, const uint32_t* states, const Warp
         }
       }
     }
+  }
+}
+
+RBM_DEVICE int32_t larger(int32_t x, int32_t y) { return x > y ? x : y; }
+
+// The standard deviation of a Gaussian unit, or the part of it that a row's own beta leaves alone.
+RBM_DEVICE float value_spread(const Chain& a, int unit) {
+  const float sigma = exp_neg(mul(-0.5f, a.log_var[unit]));
+  return a.betas == nullptr ? div(sigma, rbm::sqrt(a.beta)) : sigma;
+}
+
+// Draws Gaussian units 4 quad .. 4 quad + 3 of a chain. spread: what value_spread gives.
+RBM_DEVICE void draw_four_values(float (&values)[4], const Chain& a, const HalfSweepKey& key,
+                                 uint32_t quad, uint32_t chain, float beta, const float (&means)[4],
+                                 const float (&spread)[4]) {
+  uint32_t words[4];
+  random_words(words, key, quad, chain);
+  float z[4];
+  normal_pair<float>(static_cast<int32_t>(words[0]), static_cast<int32_t>(words[1]), z[0], z[1]);
+  normal_pair<float>(static_cast<int32_t>(words[2]), static_cast<int32_t>(words[3]), z[2], z[3]);
+  const float root = a.betas == nullptr ? 1.0f : rbm::sqrt(beta);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float sigma = a.betas == nullptr ? spread[i] : div(spread[i], root);
+    values[i] = fma(sigma, z[i], means[i]);
   }
 }
 

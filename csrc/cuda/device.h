@@ -36,6 +36,10 @@ RBM_DEVICE void warp_sync() { __syncwarp(); }
 RBM_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xFFFFFFFFu, predicate); }
 
 RBM_DEVICE uint32_t popcount(uint32_t x) { return static_cast<uint32_t>(__popc(x)); }
+// Byte i of the result is the byte of `low` (0 to 3) or `high` (4 to 7) that nibble i names.
+RBM_DEVICE uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
 
 RBM_DEVICE int32_t atomic_max(int32_t* p, int32_t value) { return atomicMax(p, value); }
 RBM_DEVICE int32_t atomic_or(int32_t* p, int32_t value) { return atomicOr(p, value); }

@@ -31,6 +31,23 @@ RBM_HD float load_element(const void* data, Element element, int64_t index) {
   }
 }
 
+// Calls body(Typed<element>{}): within it loads have no branches, so that many are in flight.
+template <Element element> struct Typed {
+  static constexpr Element value = element;
+};
+template <class Body> RBM_DEVICE void with_element(Element element, const Body& body) {
+  switch (element) {
+    case Element::float32:
+      return body(Typed<Element::float32>{});
+    case Element::float16:
+      return body(Typed<Element::float16>{});
+    case Element::bfloat16:
+      return body(Typed<Element::bfloat16>{});
+    default:
+      return body(Typed<Element::byte>{});
+  }
+}
+
 // A state of 0 or 1, in any element type.
 RBM_HD void store_bit(void* data, Element element, int64_t index, bool on) {
   switch (element) {

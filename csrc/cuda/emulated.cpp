@@ -171,8 +171,8 @@ template <class B> void gather_columns(B (*b)[32], const Wgmma& operation) {
   }
 }
 
-template <class B> void perform(void* const* operands, size_t i) {
-  uint8_t a[16][32];
+template <class A, class B> void perform(void* const* operands, size_t i) {
+  A a[16][32];
   B b[256][32];
   const auto wait_of = [&](int lane) -> WgmmaWait& {
     return *static_cast<WgmmaWait*>(operands[lane]);
@@ -197,14 +197,18 @@ void perform_wgmmas(void* const* operands) {
   const auto& first = static_cast<const WgmmaWait*>(operands[0])->completed;
   for (int lane = 1; lane < 32; ++lane) {
     const auto& other = static_cast<const WgmmaWait*>(operands[lane])->completed;
-    const bool same = std::equal(
-        first.begin(), first.end(), other.begin(), other.end(), [](const Wgmma& x, const Wgmma& y) {
-          return x.b == y.b && x.columns == y.columns && x.b_signed == y.b_signed;
-        });
+    const bool same = std::equal(first.begin(), first.end(), other.begin(), other.end(),
+                                 [](const Wgmma& x, const Wgmma& y) {
+                                   return x.b == y.b && x.columns == y.columns &&
+                                          x.a_signed == y.a_signed && x.b_signed == y.b_signed;
+                                 });
     if (!same) throw Error("lanes of one warp issued different wgmma");
   }
   for (size_t i = 0; i < first.size(); ++i) {
-    first[i].b_signed ? perform<int8_t>(operands, i) : perform<uint8_t>(operands, i);
+    const auto of_types = first[i].a_signed   ? perform<int8_t, int8_t>
+                          : first[i].b_signed ? perform<uint8_t, int8_t>
+                                              : perform<uint8_t, uint8_t>;
+    of_types(operands, i);
   }
 }
 
@@ -252,7 +256,7 @@ void copy_async_wait(size_t groups_left) {
   }
 }
 
-void wgmma(int32_t* d, const uint32_t* a, uint64_t b, int columns, bool b_signed) {
+void wgmma(int32_t* d, const uint32_t* a, uint64_t b, int columns, bool a_signed, bool b_signed) {
   Fiber& self = *machine.current;
   if (!self.fenced) throw Error("wgmma_registers without a wgmma_fence since the last wgmma_wait");
   if (machine.threads % 128) throw Error("wgmma_registers in a block without whole warpgroups");
@@ -267,7 +271,7 @@ void wgmma(int32_t* d, const uint32_t* a, uint64_t b, int columns, bool b_signed
     throw Error("wgmma_registers of another size is in flight on the same registers");
   }
   ++of_d->in_flight;
-  self.multiplications.open.push_back({d, a, b, columns, b_signed});
+  self.multiplications.open.push_back({d, a, b, columns, a_signed, b_signed});
   if (self.lane == 0) ++self.warp->wgmmas;
 }
 

@@ -76,7 +76,7 @@ int lane();
 uint64_t exchange(uint64_t value, int source_lane);
 void multiply(int32_t* d, const uint32_t* a, const uint32_t* b, bool a_signed, bool b_signed);
 void copy_async_wait(size_t groups_left);
-void wgmma(int32_t* d, const uint32_t* a, uint64_t b, int columns, bool b_signed);
+void wgmma(int32_t* d, const uint32_t* a, uint64_t b, int columns, bool a_signed, bool b_signed);
 void wgmma_wait(size_t groups_left);
 template <class T> T replace(T* p, T value) {
   const T old = *p;
@@ -102,6 +102,15 @@ template <class T> T shuffle_xor(T value, int lane_mask) {
 void warp_sync();
 uint32_t ballot(bool predicate);
 inline uint32_t popcount(uint32_t x) { return static_cast<uint32_t>(__builtin_popcount(x)); }
+inline uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t byte = selector >> (4 * i) & 7;
+    result |= static_cast<uint32_t>(bytes >> (8 * byte) & 0xFF) << (8 * i);
+  }
+  return result;
+}
 
 inline void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulated::multiply(d, a, b, false, true);
@@ -159,10 +168,10 @@ void wgmma_commit();
 template <int n> void wgmma_wait() { emulated::wgmma_wait(n); }
 template <int n> void wgmma_results(int32_t (&)[n]) {}
 uint64_t matrix_descriptor(const void* shared, uint32_t leading, uint32_t stride);
-template <int N, bool b_signed>
+template <int N, bool b_signed, bool a_signed = false>
 void wgmma_registers(int32_t (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
-  static_assert(N % 16 == 0 && N >= 16 && N <= 128);
-  emulated::wgmma(d, a, b, N, b_signed);
+  static_assert(N % 16 == 0 && N >= 16 && N <= 128 && (b_signed || !a_signed));
+  emulated::wgmma(d, a, b, N, a_signed, b_signed);
 }
 
 template <int n> void registers_increase() { static_assert(n % 8 == 0 && n >= 24 && n <= 256); }

@@ -71,7 +71,7 @@ struct Wgmma {
   const uint32_t* a;
   uint64_t b;
   int columns;
-  bool b_signed;
+  bool a_signed, b_signed;
 };
 
 // The true values of a thread's registers that hold poison while wgmma works on them.

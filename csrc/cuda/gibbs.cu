@@ -16,12 +16,14 @@ int gibbs_sample(const Gibbs& a, Call& call) {
   Weights weights;
   Given given;
   weights.count(run, a.W);
-  const Choice choice =
-      choose(run.device, rows, weights.n_visible, weights.n_hidden, a.sweeps, call.digits);
+  const Choice choice = choose(run.device, rows, weights.n_visible, weights.n_hidden, a.sweeps,
+                               call.digits, gaussian);
   given.count(run, start, gaussian);
   run.end_of_counters();
   weights.lay_out(run, true);
-  given.lay_out(run);
+  // Gaussian chains on the chip start from the real states themselves.
+  const bool from_start = gaussian && on_chip(choice);
+  if (!from_start) given.lay_out(run);
   float* copy = placed ? run.arena.take<float>(rows * V) : nullptr;
   float* precision = gaussian ? run.arena.take<float>(V) : nullptr;
   auto* hidden = run.arena.take<uint32_t>(rows * words_of(H));
@@ -37,7 +39,7 @@ int gibbs_sample(const Gibbs& a, Call& call) {
     run.status += place({a.v, a.values, a.mask, a.mask_stride, copy}, run.stream);
     start.data = given.packed.states.data = given.values.states.data = copy;
   }
-  prepare(run, given, precision);
+  if (!from_start) prepare(run, given, precision);
 
   const Sweeps sweeps{weights,  a.b,    a.c,           a.log_var, a.temperature, rows,
                       a.sweeps, a.mask, a.mask_stride, start,     hidden};
@@ -46,7 +48,7 @@ int gibbs_sample(const Gibbs& a, Call& call) {
   results.states = a.states;
   results.states_element = a.states_element;
   if (gaussian) {
-    real_chain(run, sweeps, static_cast<float*>(a.states), given.values, false, Guard{});
+    gaussian_chain(run, sweeps, static_cast<float*>(a.states), given, false, precision, choice);
   } else if (a.mask != nullptr && given.kind == Given::Kind::either) {
     // Units that keep a real value keep it through all sweeps.
     bit_chain_if_bits(run, sweeps, results, given, choice);

@@ -148,26 +148,28 @@ template <int n> RBM_DEVICE void registers_decrease() {
 #define RBM_OPERANDS(i)                                                                       \
   "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), \
       "+r"(d[i + 6]), "+r"(d[i + 7])
-#define RBM_WGMMA_TYPED(n, type, last, a0, a1, a2, a3, descriptor)               \
-  asm volatile(                                                                  \
-      "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                             \
-      "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.u8." type " {" RBM_R##last \
-      "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #descriptor ", add;\n}"   \
-      : RBM_D##last                                                              \
+#define RBM_WGMMA_TYPED(n, types, last, a0, a1, a2, a3, descriptor)            \
+  asm volatile(                                                                \
+      "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                           \
+      "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32." types " {" RBM_R##last \
+      "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #descriptor ", add;\n}" \
+      : RBM_D##last                                                            \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define RBM_WGMMA(n, last, a0, a1, a2, a3, descriptor)          \
-  if constexpr (N == n && b_signed) {                           \
-    RBM_WGMMA_TYPED(n, "s8", last, a0, a1, a2, a3, descriptor); \
-  } else if constexpr (N == n) {                                \
-    RBM_WGMMA_TYPED(n, "u8", last, a0, a1, a2, a3, descriptor); \
+#define RBM_WGMMA(n, last, a0, a1, a2, a3, descriptor)             \
+  if constexpr (N == n && a_signed) {                              \
+    RBM_WGMMA_TYPED(n, "s8.s8", last, a0, a1, a2, a3, descriptor); \
+  } else if constexpr (N == n && b_signed) {                       \
+    RBM_WGMMA_TYPED(n, "u8.s8", last, a0, a1, a2, a3, descriptor); \
+  } else if constexpr (N == n) {                                   \
+    RBM_WGMMA_TYPED(n, "u8.u8", last, a0, a1, a2, a3, descriptor); \
   }
 
-// d [64 x N] += a [64 x 32] b [N x 32]', a the unsigned bytes of a thread's rows, b in shared
-// memory and signed or not. d[i] of thread t: row 16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2),
+// d [64 x N] += a [64 x 32] b [N x 32]', a the bytes of a thread's rows, b in shared memory; a may
+// be signed where b is. d[i] of thread t: row 16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2),
 // column 8 * (i / 4) + 2 * (t % 4) + i % 2.
-template <int N, bool b_signed>
+template <int N, bool b_signed, bool a_signed = false>
 RBM_DEVICE void wgmma_registers(int32_t (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
-  static_assert(N % 16 == 0 && N >= 16 && N <= 128);
+  static_assert(N % 16 == 0 && N >= 16 && N <= 128 && (b_signed || !a_signed));
   RBM_WGMMA(16, 0, 8, 9, 10, 11, 12)
   RBM_WGMMA(32, 8, 16, 17, 18, 19, 20)
   RBM_WGMMA(48, 16, 24, 25, 26, 27, 28)

@@ -142,8 +142,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("free_energy", &py_free_energy);
   m.def("cd_step", &py_cd_step);
   m.def("regime", &regime, py::arg("rows"), py::arg("n_visible"), py::arg("n_hidden"),
-        py::arg("sweeps"), py::arg("digits"), py::arg("device"),
-        "How so many Bernoulli chains and sweeps would be run on a device, in words.");
+        py::arg("sweeps"), py::arg("digits"), py::arg("gaussian"), py::arg("device"),
+        "How so many chains and sweeps would be run on a device, in words.");
   m.def("device_count", &py_device_count,
         "How many CUDA devices there are, and the driver's words where there is none.");
   m.def("error_string", &error_string, py::arg("status"));

@@ -14,23 +14,6 @@ RBM_DEVICE bool guarded_out(const Guard& guard) {
   return guard.state != nullptr && *guard.state != guard.wanted;
 }
 
-// Calls body(Typed<element>{}): within it loads have no branches, so that many are in flight.
-template <Element element> struct Typed {
-  static constexpr Element value = element;
-};
-template <class Body> RBM_DEVICE void with_element(Element element, const Body& body) {
-  switch (element) {
-    case Element::float32:
-      return body(Typed<Element::float32>{});
-    case Element::float16:
-      return body(Typed<Element::float16>{});
-    case Element::bfloat16:
-      return body(Typed<Element::bfloat16>{});
-    default:
-      return body(Typed<Element::byte>{});
-  }
-}
-
 RBM_DEVICE int32_t warp_max(int32_t x) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) {

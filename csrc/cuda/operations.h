@@ -93,7 +93,7 @@ int cd_step(const CdStep& a, Call& call);
 
 // How chains of that many rows and sweeps would be run, in words (regimes.h).
 std::string regime(int64_t rows, int n_visible, int n_hidden, int64_t sweeps, int digits,
-                   int device);
+                   bool gaussian, int device);
 
 // How many devices there are; where none can be used, 0 and the driver's words.
 int device_count(std::string& error);

@@ -20,6 +20,10 @@ namespace {
 // than anything else. In a cluster's: where at least two sweeps share the loading of the weights.
 // Among clusters, the widest that still runs all chains at once, as each block has less to do then;
 // but a block should have some units of each layer.
+//
+// Gaussian chains: in one block as above. They take wider clusters, of which few run at a time and
+// with little overlap within: for more chains than those run at once, the tiled kernels are taken
+// to be quicker.
 constexpr int64_t kClusterSweeps = 2, kBlockUnits = 16;
 // Hopper's tiles are 256 x 128: so many of them, of sums so long, or the smaller tiles of the
 // portable kernels keep more of the chip busy.
@@ -83,8 +87,12 @@ CurrentDevice::~CurrentDevice() {
   if (moved_) cudaSetDevice(previous_);
 }
 
+bool on_chip(const Choice& choice) {
+  return choice.chain == Regime::resident || choice.chain == Regime::cluster;
+}
+
 Choice choose(const Device& device, int64_t rows, int n_visible, int n_hidden, int64_t sweeps,
-              int digits) {
+              int digits, bool gaussian) {
   const bool hopper = device.capability == 90;
   const int wanted = forced();
   const auto allowed = [&](Regime regime) {
@@ -100,16 +108,18 @@ Choice choose(const Device& device, int64_t rows, int n_visible, int n_hidden, i
   int cluster = 0;
   if (hopper && allowed(Regime::cluster) && (sweeps >= kClusterSweeps || wanted >= 0)) {
     const auto at_a_time = [&](int blocks) {
-      return chain_sm90a_clusters(digits, blocks, device.shared_bytes);
+      return chain_sm90a_clusters(digits, blocks, device.shared_bytes, gaussian);
     };
-    cluster = chain_sm90a_cluster(n_visible, n_hidden, digits, device.shared_bytes);
-    if (cluster > 0 && at_a_time(cluster) == 0) cluster = 0;
+    cluster = chain_sm90a_cluster(n_visible, n_hidden, digits, device.shared_bytes, gaussian);
+    const int64_t at_once = cluster > 0 ? int64_t{64} * at_a_time(cluster) : 0;
+    if (at_once == 0 || (gaussian && wanted < 0 && rows > at_once)) cluster = 0;
     while (cluster > 0 && cluster < 16 && rows <= int64_t{64} * at_a_time(2 * cluster) &&
            std::min(n_visible, n_hidden) >= kBlockUnits * 2 * cluster) {
       cluster *= 2;
     }
   }
-  if (allowed(Regime::resident) && chain_fits(n_visible, n_hidden, digits, device.shared_bytes)) {
+  if (allowed(Regime::resident) &&
+      chain_fits(n_visible, n_hidden, digits, device.shared_bytes, gaussian)) {
     choice.chain = Regime::resident;
   } else if (cluster > 0) {
     choice.chain = Regime::cluster;
@@ -119,11 +129,11 @@ Choice choose(const Device& device, int64_t rows, int n_visible, int n_hidden, i
 }
 
 std::string regime(int64_t rows, int n_visible, int n_hidden, int64_t sweeps, int digits,
-                   int device) {
+                   bool gaussian, int device) {
   Device found{};
   if (device_of(device, found)) return "no such device";
   const CurrentDevice current(device);  // whose clusters choose() asks for
-  const Choice choice = choose(found, rows, n_visible, n_hidden, sweeps, digits);
+  const Choice choice = choose(found, rows, n_visible, n_hidden, sweeps, digits, gaussian);
   std::string words = kNames[static_cast<size_t>(choice.chain)];
   if (choice.cluster > 0) words += " of " + std::to_string(choice.cluster);
   return words;

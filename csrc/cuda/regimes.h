@@ -42,8 +42,10 @@ struct Choice {
 // Throws std::invalid_argument where RBM_KERNELS_CUDA_REGIME names no regime. One that is named and
 // cannot run here leaves the choice to `tiled`.
 //
-// For Bernoulli chains of that many rows and sweeps; 0 sweeps: for a product only.
+// For chains of that many rows and sweeps, of Gaussian visible units or Bernoulli ones; 0 sweeps:
+// for a product only.
 Choice choose(const Device& device, int64_t rows, int n_visible, int n_hidden, int64_t sweeps,
-              int digits);
+              int digits, bool gaussian = false);
+bool on_chip(const Choice& choice);  // whether all sweeps are one launch
 
 }  // namespace rbm::cuda

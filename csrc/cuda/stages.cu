@@ -51,14 +51,9 @@ void tiled_chain(Run& run, const Sweeps& a, const Chain& results, const uint32_t
   }
 }
 
-bool on_chip(const Choice& choice) {
-  return choice.chain == Regime::resident || choice.chain == Regime::cluster;
-}
-
-// All sweeps from `first` on in one launch.
-void resident_chain(Run& run, const Sweeps& a, Chain chain_, const uint32_t* start, int64_t first,
-                    Guard guard, const Choice& choice) {
-  chain_.start = start;
+// All sweeps from `first` on in one launch. chain_: where they start and what is wanted of them.
+void resident_chain(Run& run, const Sweeps& a, Chain chain_, int64_t first, Guard guard,
+                    const Choice& choice) {
   chain_.half_sweep = static_cast<uint64_t>(2 * first);
   chain_.rows = a.rows;
   chain_.n_visible = a.weights.n_visible;
@@ -179,29 +174,46 @@ void from_given(Run& run, const HalfSweep& h, const Given& given, bool hopper) {
   if (given.kind != Given::Kind::bits) from_values(run, h, given.values, given.if_real());
 }
 
-void bit_chain(Run& run, const Sweeps& a, const Chain& results, const Given& given, bool drawn,
+void bit_chain(Run& run, const Sweeps& a, Chain results, const Given& given, bool drawn,
                const Choice& choice) {
+  results.start = given.packed.bits;
   if (on_chip(choice) && !drawn && given.kind == Given::Kind::bits) {
-    resident_chain(run, a, results, given.packed.bits, 0, Guard{}, choice);
+    resident_chain(run, a, results, 0, Guard{}, choice);
     return;
   }
   // The first hidden states come from a launch of their own, as only they see real states.
   if (!drawn) from_given(run, to_hidden_of(run, a, 0), given, choice.hopper);
   if (on_chip(choice) && a.sweeps > 1) {
     visible_half_sweep(run, a, results, 0, given.packed.bits, Guard{}, choice.hopper);
-    resident_chain(run, a, results, given.packed.bits, 1, Guard{}, choice);
+    resident_chain(run, a, results, 1, Guard{}, choice);
   } else {
     tiled_chain(run, a, results, nullptr, Guard{}, choice.hopper);
   }
 }
 
-void bit_chain_if_bits(Run& run, const Sweeps& a, const Chain& results, const Given& given,
+void bit_chain_if_bits(Run& run, const Sweeps& a, Chain results, const Given& given,
                        const Choice& choice) {
+  results.start = given.packed.bits;
   if (on_chip(choice)) {
-    resident_chain(run, a, results, given.packed.bits, 0, given.if_bits(), choice);
+    resident_chain(run, a, results, 0, given.if_bits(), choice);
   } else {
-    tiled_chain(run, a, results, given.packed.bits, given.if_bits(), choice.hopper);
+    tiled_chain(run, a, results, results.start, given.if_bits(), choice.hopper);
   }
+}
+
+void gaussian_chain(Run& run, const Sweeps& a, float* states, const Given& given, bool drawn,
+                    const float* precision, const Choice& choice) {
+  if (!on_chip(choice)) {
+    real_chain(run, a, states, given.values, drawn, Guard{});
+    return;
+  }
+  Chain whole{};
+  whole.log_var = a.log_var;
+  whole.precision = precision;
+  whole.start_values = given.states();
+  whole.states = states;
+  whole.states_element = Element::float32;
+  resident_chain(run, a, whole, 0, Guard{}, choice);
 }
 
 void real_chain(Run& run, const Sweeps& a, float* states, ValuePlanes values, bool drawn,

@@ -111,11 +111,16 @@ struct Sweeps {
 
 // A Bernoulli chain from given states, whose bits it overwrites. `drawn`: the first hidden states
 // are in `hidden` already.
-void bit_chain(Run& run, const Sweeps& a, const Chain& results, const Given& given, bool drawn,
+void bit_chain(Run& run, const Sweeps& a, Chain results, const Given& given, bool drawn,
                const Choice& choice);
 // The same where the given states turn out to be bits, and nothing otherwise.
-void bit_chain_if_bits(Run& run, const Sweeps& a, const Chain& results, const Given& given,
+void bit_chain_if_bits(Run& run, const Sweeps& a, Chain results, const Given& given,
                        const Choice& choice);
+// A chain of Gaussian units from given states to the last ones, `states`, float32 [rows, visible].
+// On the chip it needs neither given states that are prepared nor first hidden states that are
+// `drawn` already; elsewhere it starts from them.
+void gaussian_chain(Run& run, const Sweeps& a, float* states, const Given& given, bool drawn,
+                    const float* precision, const Choice& choice);
 // A chain whose visible states are real between half-sweeps: Gaussian units, or Bernoulli units
 // among which some keep real values. They live in `states`, float32 [rows, visible]; `values` hold
 // the first ones, and then those in between.

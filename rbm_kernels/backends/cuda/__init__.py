@@ -78,10 +78,16 @@ def runs_on(device: torch.device) -> str | None:
 
 
 def regime(
-    rows: int, n_visible: int, n_hidden: int, k: int, limbs: int, device: torch.device
+    rows: int,
+    n_visible: int,
+    n_hidden: int,
+    k: int,
+    limbs: int,
+    device: torch.device,
+    gaussian: bool = False,
 ) -> str:
-    """How Bernoulli chains would be run: resident, cluster of n, tiled or tiled_sm90a."""
-    name: str = _built().regime(rows, n_visible, n_hidden, k, limbs, device.index or 0)
+    """How chains would be run: resident, cluster of n, tiled or tiled_sm90a."""
+    name: str = _built().regime(rows, n_visible, n_hidden, k, limbs, gaussian, device.index or 0)
     return name
 
 
