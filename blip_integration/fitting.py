@@ -1,0 +1,420 @@
+"""Fitting RBMs to vision features that are streamed from disk.
+
+Fit as :func:`fit_rbm` does or with any of the controls of :mod:`.controls`, all on one
+:class:`TokenStream`: the same rows in the same order, standardised by the same statistics::
+
+    stream = TokenStream(FeatureCache("features").features)
+    fitted = fit_rbm(stream, n_hidden=1000)
+    apply_rbm_to_blip(model, fitted.reconstructor, fitted.mean, fitted.scale)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rbm_kernels import RBM
+
+from .reconstructors import RBMReconstructor
+
+MONITORED_ROWS = 2048
+"""Rows of held-out and of training images that are looked at after every epoch."""
+
+Tokens: TypeAlias = Literal["all", "cls", "patches"]
+_TOKENS: dict[str, slice] = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}
+
+
+class TokenStream:
+    """Standardised tokens of a set of images, read block by block as they are needed.
+
+    One pass over the features computes their statistics (Chan, Golub and LeVeque's pairwise update,
+    1979) and checks that they are finite. An epoch visits blocks of neighbouring images in a random
+    order, so that reading stays sequential, draws some tokens of every image, shuffles those of a
+    block, and cuts them into batches. Memory holds one block, however many images there are.
+
+    Args:
+        features: [N, L, D] or, with one token an image, [N, D]: a tensor, or whatever has
+            ``shape`` and slices of rows, such as a numpy memmap or a :class:`.FeatureCache`.
+        tokens: ``"all"``, ``"cls"`` (token 0) or ``"patches"`` (the others).
+        held_out: Share of the images that no epoch visits, in [0, 1); at least one image of two or
+            more unless 0.
+        block: Images read at a time.
+        seed: Of the choice of held-out images.
+
+    Attributes:
+        mean: Mean [D] of all tokens, float32.
+        scale: Their standard deviation [D], float32; 1 where a feature never changes.
+
+    Raises:
+        ValueError: A wrong shape or value, or features that are not finite; the message says which.
+
+    Example:
+        >>> stream = TokenStream(torch.randn(20, 5, 3), held_out=0.1)
+        >>> sum(len(rows) for rows in stream.epoch(batch=16, tokens_per_image=2, seed=0))
+        36
+    """
+
+    def __init__(
+        self,
+        features: Any,
+        tokens: Tokens = "all",
+        *,
+        held_out: float = 0.05,
+        block: int = 256,
+        seed: int = 0,
+    ) -> None:
+        shape = tuple(features.shape)
+        if len(shape) not in (2, 3):
+            raise ValueError(
+                f"TokenStream: features must be [N, L, D] or [N, D], got {list(shape)}"
+            )
+        if tokens not in _TOKENS:
+            raise ValueError(f"TokenStream: tokens must be one of {tuple(_TOKENS)}, got {tokens!r}")
+        if not 0 <= held_out < 1:
+            raise ValueError(f"TokenStream: held_out must lie in [0, 1), got {held_out}")
+        if block < 1:
+            raise ValueError(f"TokenStream: block must be 1 or more, got {block}")
+        length = 1 if len(shape) == 2 else shape[1]
+        self._kept = range(length)[_TOKENS[tokens]]
+        if not (shape[0] and len(self._kept) and shape[-1]):
+            raise ValueError(
+                f"TokenStream: features must hold an image or more, a token among {tokens!r} and a "
+                f"feature, got {list(shape)}"
+            )
+        self.features = features
+        self.n_images, self.n_tokens, self.width = shape[0], len(self._kept), shape[-1]
+        self.block = block
+        count = round(held_out * self.n_images)
+        if held_out:
+            count = min(max(count, 1), self.n_images - 1)
+        order = torch.randperm(self.n_images, generator=_generator(seed))
+        self.held_out = torch.zeros(self.n_images, dtype=torch.bool)
+        self.held_out[order[:count]] = True
+        self.mean, self.scale = self._statistics()
+
+    def epoch(self, batch: int, tokens_per_image: int, seed: int) -> Iterator[Tensor]:
+        """One pass over the images that are not held out.
+
+        Args:
+            batch: Rows at a time; the last batch of a block goes on in the next, and only the last
+                of an epoch may be short.
+            tokens_per_image: Tokens drawn from every image, without replacement; at most all.
+            seed: Of the order and of the choice of tokens.
+
+        Yields:
+            Standardised rows [batch, D], float32.
+        """
+        generator = _generator(seed)
+        starts = torch.arange(0, self.n_images, self.block)
+        left = torch.empty(0, self.width)
+        for start in starts[torch.randperm(len(starts), generator=generator)].tolist():
+            images = (~self.held_out[start : start + self.block]).nonzero().flatten()
+            rows = self._draw(start, images, tokens_per_image, generator)
+            rows = torch.cat([left, rows[torch.randperm(len(rows), generator=generator)]])
+            whole = len(rows) // batch * batch
+            for first in range(0, whole, batch):
+                yield rows[first : first + batch]
+            left = rows[whole:]
+        if len(left):
+            yield left
+
+    def batches(self, batch: int, tokens_per_image: int) -> int:
+        """How many batches an epoch has."""
+        images = self.n_images - int(self.held_out.sum())
+        return -(-images * min(tokens_per_image, self.n_tokens) // batch)
+
+    def sample(self, rows: int, *, held_out: bool, seed: int = 0) -> Tensor:
+        """Some standardised rows [rows or fewer, D] of the images held out or of the others."""
+        generator = _generator(seed)
+        images = (self.held_out if held_out else ~self.held_out).nonzero().flatten()
+        per_image = min(self.n_tokens, -(-rows // max(1, len(images))))
+        wanted = -(-rows // per_image)
+        images = images[torch.randperm(len(images), generator=generator)[:wanted]].sort().values
+        drawn = [
+            self._draw(start, mine - start, per_image, generator)
+            for start in range(0, self.n_images, self.block)
+            if len(mine := images[(images >= start) & (images < start + self.block)])
+        ]
+        return torch.cat(drawn)[:rows] if drawn else torch.empty(0, self.width)
+
+    def _read(self, start: int) -> Any:
+        """A block [n, L, D] as the features give it; a slice of a memmap is not read yet."""
+        block = self.features[start : start + self.block]
+        return block if len(block.shape) == 3 else block[:, None]
+
+    def _draw(
+        self, start: int, images: Tensor, per_image: int, generator: torch.Generator
+    ) -> Tensor:
+        """Standardised rows of tokens drawn from some images of the block at ``start``."""
+        per_image = min(per_image, self.n_tokens)
+        choice = torch.rand(len(images), self.n_tokens, generator=generator).argsort(1)[
+            :, :per_image
+        ]
+        tokens = choice + self._kept.start
+        where = images[:, None].expand_as(tokens)
+        block = self._read(start)
+        index = (where, tokens) if isinstance(block, Tensor) else (where.numpy(), tokens.numpy())
+        rows = _float32(block[index]).reshape(-1, self.width)
+        return (rows - self.mean) / self.scale
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        count = 0
+        mean = torch.zeros(self.width, dtype=torch.float64)
+        squares = torch.zeros(self.width, dtype=torch.float64)  # of the deviations from the mean
+        for start in range(0, self.n_images, self.block):
+            kept = slice(self._kept.start, self._kept.stop)
+            rows = _float32(self._read(start)[:, kept]).reshape(-1, self.width)
+            variance, here = torch.var_mean(rows, dim=0, correction=0)
+            if not bool(torch.isfinite(variance).all()):
+                self._report_image(start, rows)
+            total = count + len(rows)
+            delta = here.double() - mean
+            squares += variance.double() * len(rows) + delta.square() * (count * len(rows) / total)
+            mean += delta * (len(rows) / total)
+            count = total
+        deviation = (squares / count).sqrt()
+        # Rounding can leave a feature that never changes a tiny deviation.
+        constant = deviation <= 1e-6 * mean.abs()
+        return mean.float(), torch.where(constant, 1.0, deviation).float()
+
+    def _report_image(self, start: int, rows: Tensor) -> None:
+        wrong = ~torch.isfinite(rows).all(1)
+        if bool(wrong.any()):
+            image = start + int(wrong.nonzero()[0]) // self.n_tokens
+            raise ValueError(
+                f"TokenStream: features must be finite, got NaN or infinity in image {image}"
+            )
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _float32(values: Any) -> Tensor:
+    """A tensor of its own from a slice of a tensor or of a numpy array."""
+    if isinstance(values, Tensor):
+        return values.detach().to("cpu", torch.float32)
+    return torch.from_numpy(np.asarray(values, dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: the same for an RBM and for the controls it is compared with.
+
+    Attributes:
+        epochs: Passes over the images.
+        tokens_per_image: Tokens that an epoch draws from each of them.
+        batch: Rows per update.
+        learning_rate: Of Adam, after a linear warm-up and before a cosine to zero.
+        warmup: Share of the updates in which it rises, 0 to 1.
+        seed: Of initial weights, order, choice of tokens, chains and noise.
+    """
+
+    epochs: int = 10
+    tokens_per_image: int = 8
+    batch: int = 256
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "tokens_per_image", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Schedule: {name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"Schedule: learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"Schedule: warmup must lie in [0, 1], got {self.warmup}")
+
+    def share(self, update: int, updates: int) -> float:
+        """The learning rate's share of its highest value at an update, from 0."""
+        rising = round(self.warmup * updates)
+        if update < rising:
+            return (update + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * (update - rising) / max(1, updates - rising)))
+
+
+DEFAULT_SCHEDULE = Schedule()
+
+
+@dataclass
+class Fitted:
+    """A reconstructor and the statistics that standardise its input.
+
+    Attributes:
+        reconstructor: In evaluation mode, on the CPU unless a device was asked for.
+        mean: [D].
+        scale: [D].
+        history: For each epoch, the first being 0 before any update: "epoch",
+            "reconstruction_error" of held-out rows (mean square per feature; the mean of the
+            features misses about 1), "rows" and "seconds" so far, and what the fit itself reports.
+    """
+
+    reconstructor: Any
+    mean: Tensor
+    scale: Tensor
+    history: list[dict[str, float]]
+
+
+def fit_rbm(
+    stream: TokenStream,
+    n_hidden: int,
+    schedule: Schedule = DEFAULT_SCHEDULE,
+    *,
+    sigma: float = 0.5,
+    learn_sigma: bool = False,
+    k: int = 1,
+    weight_decay: float = 0.0,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+    precision: str | None = None,
+    progress: bool = False,
+) -> Fitted:
+    """Fit a Gaussian-Bernoulli RBM to tokens by contrastive divergence (Hinton 2002).
+
+    Args:
+        stream: The tokens.
+        n_hidden: Hidden units H.
+        schedule: How long and how fast.
+        sigma: Standard deviation of the visible units, in standard deviations of the features. One
+            that is well below 1 leaves the hidden units something to explain.
+        learn_sigma: Learn one for each feature, from ``sigma`` on, not below a tenth of it.
+        k: Gibbs sweeps per update.
+        weight_decay: On W, per unit of learning rate.
+        device: Where to compute.
+        backend: As in :func:`rbm_kernels.cd_step`.
+        precision: Likewise.
+        progress: Show a progress bar.
+
+    Returns:
+        An :class:`.RBMReconstructor` and its statistics. The history has, besides,
+        "free_energy_gap", the mean free energy of held-out rows less that of rows of the training
+        images, in nats: it grows when the RBM overfits (Hinton 2010, section 6). It is NaN where
+        nothing is held out.
+
+    Raises:
+        ValueError: A value out of range; or parameters that are not finite any more, since the
+            learning rate is too high.
+    """
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"fit_rbm: sigma must be positive and finite, got {sigma}")
+    generator = _generator(schedule.seed)
+    rbm = RBM(stream.width, n_hidden, "gaussian")
+    assert rbm.log_var is not None
+    with torch.no_grad():
+        rbm.W.copy_(0.01 * torch.randn(rbm.W.shape, generator=generator))
+        rbm.log_var.fill_(2 * math.log(sigma))
+    rbm.to(device)
+    least = 2 * math.log(0.1 * sigma)
+    weights = (rbm.W, rbm.b, rbm.c, rbm.log_var)
+    # The kernels write into the buffers from which the optimizer reads.
+    buffers = tuple(torch.zeros_like(weight) for weight in weights)
+    for weight, buffer in zip(weights, buffers, strict=True):
+        weight.grad = buffer
+    seed = torch.tensor([schedule.seed, 0], device=device)
+    groups: list[dict[str, Any]] = [
+        {"params": [rbm.W], "weight_decay": weight_decay},
+        {"params": [rbm.b, rbm.c]},
+    ]
+    if learn_sigma:
+        # Slower than the weights, as Cho, Ilin and Raiko (ICANN 2011) advise: otherwise the noise
+        # swallows what the hidden units have not yet found.
+        groups.append({"params": [rbm.log_var], "pace": 0.1})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    monitored = [stream.sample(MONITORED_ROWS, held_out=each).to(device) for each in (True, False)]
+
+    def update(rows: Tensor) -> None:
+        rbm.cd_step(rows, k, out=buffers, seed=seed, backend=backend, precision=precision)
+        optimizer.step()
+        if learn_sigma:
+            # A feature that the hidden units explain exactly would drive its variance to zero.
+            with torch.no_grad():
+                weights[3].clamp_(min=least)
+
+    def report() -> dict[str, float]:
+        held_out, train = (rbm.free_energy(rows, backend=backend) for rows in monitored)
+        return {"free_energy_gap": (held_out.double().mean() - train.double().mean()).item()}
+
+    reconstructor = RBMReconstructor(rbm)
+    history = train(
+        stream, reconstructor, optimizer, update, schedule,
+        report=report, device=device, progress=progress,
+    )  # fmt: skip
+    rbm.zero_grad(set_to_none=True)
+    return Fitted(reconstructor.eval(), stream.mean, stream.scale, history)
+
+
+def train(
+    stream: TokenStream,
+    reconstructor: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    update: Callable[[Tensor], None],
+    schedule: Schedule,
+    *,
+    report: Callable[[], dict[str, float]] = dict,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> list[dict[str, float]]:
+    """Call ``update`` with every batch of a schedule, and look at held-out rows after each epoch.
+
+    Args:
+        stream: The tokens.
+        reconstructor: What is being fitted.
+        optimizer: Its learning rates follow the schedule, times a group's "pace" where it has one.
+        update: Changes the parameters, given rows [B, D].
+        schedule: How long and how fast.
+        report: More to put into the history.
+        device: Where the rows go.
+        progress: Show a progress bar.
+
+    Returns:
+        The history, see :class:`Fitted`.
+    """
+    updates = schedule.epochs * stream.batches(schedule.batch, schedule.tokens_per_image)
+    held_out = stream.sample(MONITORED_ROWS, held_out=True).to(device)
+    history: list[dict[str, float]] = []
+    done, rows_seen, start = 0, 0, time.monotonic()
+
+    def look(epoch: int) -> None:
+        seconds = time.monotonic() - start
+        error = reconstruction_error(reconstructor, held_out)
+        history.append(
+            {
+                "epoch": epoch,
+                "reconstruction_error": error,
+                "rows": rows_seen,
+                "seconds": seconds,
+                **report(),
+            }
+        )
+        bar.set_postfix(epoch=epoch, error=f"{error:.3f}")
+
+    with tqdm(total=updates, disable=not progress, unit="batch") as bar:
+        look(0)
+        for epoch in range(schedule.epochs):
+            # Distinct for the epochs of one fit and for fits of neighbouring seeds.
+            order = schedule.seed * 1_000_003 + epoch
+            for rows in stream.epoch(schedule.batch, schedule.tokens_per_image, order):
+                rate = schedule.learning_rate * schedule.share(done, updates)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group.get("pace", 1.0)
+                update(rows.to(device))
+                rows_seen += len(rows)
+                done += 1
+                bar.update()
+            look(epoch + 1)
+    return history
+
+
+@torch.no_grad()
+def reconstruction_error(reconstructor: nn.Module, rows: Tensor) -> float:
+    """Mean square of what a reconstruction of standardised rows [N, D] misses; NaN without rows."""
+    return (reconstructor(rows) - rows).square().mean().item()

@@ -1,0 +1,75 @@
+"""Tiny captioners with random weights and a data set of drawn pictures, for the tests of files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessorPil,
+    BlipProcessor,
+)
+
+from blip_integration.captioner import word_tokenizer
+
+WIDTH, SIDE = 16, 32
+COLOURS = ("red", "green", "blue")
+CAPTIONS = [f"a {colour} circle on {ground}" for colour in COLOURS for ground in ("white", "grey")]
+
+
+def draw_data(folder: Path, train: int = 6, val: int = 3) -> Path:
+    """Pictures and a COCO caption file with the splits train and val."""
+    (folder / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(train + val):
+        colour, ground = COLOURS[i % 3], ("white", "grey")[i % 2]
+        picture = Image.new("RGB", (48, 40), ground)
+        ImageDraw.Draw(picture).ellipse((8 + i, 8, 24 + i, 24), fill=colour)
+        name = f"{i}.png"
+        picture.save(folder / "images" / name)
+        split = "train" if i < train else "val"
+        images.append({"id": i, "file_name": name, "split": split})
+        for text in (f"A {colour} circle on {ground}.", f"a circle is {colour}"):
+            annotations.append({"id": len(annotations), "image_id": i, "caption": text})
+    file = folder / "captions.json"
+    file.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return file
+
+
+def tiny_blip(seed: int = 0) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
+    """Stock BLIP of two small layers, with pictures of 32 x 32 in 16 patches."""
+    tokenizer = word_tokenizer(CAPTIONS, min_count=1)
+    config = BlipConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": WIDTH,
+            "encoder_hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 32,
+            "initializer_range": 0.5,
+            "bos_token_id": tokenizer.bos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "sep_token_id": tokenizer.sep_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": SIDE,
+            "patch_size": SIDE // 4,
+            "initializer_range": 0.5,
+        },
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = BlipForConditionalGeneration(config).eval()
+    images = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    return model, BlipProcessor(images, tokenizer)
