@@ -1,0 +1,576 @@
+"""Choosing among a captioner's candidates by how well they fit the image.
+
+A reranker scores candidates with one of the models of :mod:`.matching` (trained by
+:mod:`.pair_training`), or with BLIP's own image-text matching, and adds that to the captioner's
+scores:
+
+    reranker = RBMReranker.fit(train_features, train_captions)
+    weight = choose_weight(selection.scores, reranker.score(features, selection.texts), quality)
+    captions = candidates.chosen(reranker.rerank(candidates, image_features, weight))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import BlipForImageTextRetrieval, PreTrainedTokenizerBase
+
+from .candidates import Candidates
+from .matching import JointRBM, MatchMLP, PairModel, TwoTower, Vocabulary
+from .metrics import DocumentFrequencies, cider_scores, document_frequencies
+from .pair_training import (
+    CaptionBags,
+    PairTraining,
+    encode_lists,
+    fit_cd,
+    fit_contrastive,
+    fit_matching,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# "cd" is for a JointRBM alone.
+OBJECTIVES: dict[str, Callable[..., list[float]]] = {
+    "contrastive": fit_contrastive,
+    "matching": fit_matching,
+    "cd": fit_cd,
+}
+
+# Bounds the memory of bags of words, however many images there are.
+_IMAGES_AT_A_TIME = 1024
+# Multiples of the weight that gives both scores the same spread within a list.
+_RELATIVE_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+
+
+class Reranker(ABC):
+    """Scores candidate captions by their image and chooses by :func:`combined_scores`."""
+
+    @abstractmethod
+    def score(self, image_features: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
+        """How well captions fit their images.
+
+        Args:
+            image_features: Of N images, [N, D] (or what the subclass says).
+            texts: N lists of n captions.
+
+        Returns:
+            [N, n] float32, the higher the better.
+
+        Raises:
+            ValueError: Lists of different lengths, or as many lists as there are not images.
+        """
+
+    def rerank(
+        self,
+        candidates: Candidates,
+        image_features: Tensor,
+        weight: float,
+        *,
+        standardise: bool = False,
+    ) -> Tensor:
+        """The number of the best candidate of each image, int64 [N].
+
+        Args:
+            candidates: N lists of n captions with the captioner's scores.
+            image_features: As for :meth:`score`.
+            weight: Of this reranker's score beside the captioner's; 0 keeps the captioner's choice.
+            standardise: See :func:`combined_scores`.
+        """
+        extra = self.score(image_features, candidates.texts)
+        return combined_scores(candidates.scores, extra, weight, standardise=standardise).argmax(1)
+
+    def rerank_generated(
+        self,
+        output: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        image_features: Tensor,
+        weight: float,
+        *,
+        standardise: bool = False,
+    ) -> list[str]:
+        """The best caption of each image from what ``generate`` returned.
+
+        Args:
+            output: Of ``generate(..., return_dict_in_generate=True, output_scores=True)`` with
+                ``num_return_sequences`` above 1, by beam search or sampling.
+            tokenizer: Decodes it.
+            image_features: Of the N images, as for :meth:`score`.
+            weight: As for :meth:`rerank`.
+            standardise: As for :meth:`rerank`.
+
+        Returns:
+            N captions.
+
+        Raises:
+            ValueError: See :func:`generated_candidates`.
+        """
+        candidates = generated_candidates(output, tokenizer, len(image_features))
+        return candidates.chosen(
+            self.rerank(candidates, image_features, weight, standardise=standardise)
+        )
+
+
+class PairReranker(Reranker):
+    """A reranker by one of the models of :mod:`.matching`.
+
+    Args:
+        model: A trained model.
+        vocabulary: The words that it knows, in its order.
+
+    Raises:
+        TypeError: A model of another class.
+        ValueError: A vocabulary of another size than the model's.
+    """
+
+    model_class: ClassVar[type[PairModel]]
+    objective: ClassVar[str] = "contrastive"
+
+    def __init__(self, model: PairModel, vocabulary: Vocabulary) -> None:
+        name = type(self).__name__
+        if not isinstance(model, self.model_class):
+            raise TypeError(
+                f"{name}: model must be a {self.model_class.__name__}, got {type(model).__name__}"
+            )
+        if len(vocabulary) != model.n_words:
+            raise ValueError(
+                f"{name}: vocabulary must have the model's {model.n_words} words, "
+                f"got {len(vocabulary)}"
+            )
+        self.model = model
+        self.vocabulary = vocabulary
+
+    @torch.no_grad()
+    def score(self, image_features: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
+        """Scores [N, n] of image features [N, D], pooled, with N lists of n captions."""
+        _list_length(type(self).__name__, texts, len(image_features))
+        device = self.model.mean.device
+        scores = []
+        for first in range(0, len(texts), _IMAGES_AT_A_TIME):
+            rows = slice(first, first + _IMAGES_AT_A_TIME)
+            words = encode_lists(texts[rows], self.vocabulary).to(device)
+            scores.append(self._scores(image_features[rows].to(device), words).float().cpu())
+        return torch.cat(scores)
+
+    def _scores(self, features: Tensor, words: Tensor) -> Tensor:
+        return self.model.candidate_scores(features, words)
+
+    @classmethod
+    def fit(
+        cls,
+        features: Tensor,
+        captions: Sequence[Sequence[str]],
+        *,
+        n_words: int = 1000,
+        n_hidden: int = 256,
+        held_out: float = 0.1,
+        objective: str | None = None,
+        training: PairTraining | None = None,
+        **options: Any,
+    ) -> Self:
+        """Train a new model on images with captions, and make a reranker of it.
+
+        Args:
+            features: [N, D], pooled, of the training images.
+            captions: Of each of them, one or more.
+            n_words: Size of the vocabulary at most.
+            n_hidden: Hidden units.
+            held_out: Share of the images that decide when to stop.
+            objective: A key of :data:`OBJECTIVES`; the class's own by default.
+            training: See :class:`~.pair_training.PairTraining`; its seed also draws the initial
+                weights and the held-out images.
+            **options: Further keywords of the class.
+
+        Raises:
+            ValueError: An unknown objective, or bad arguments.
+        """
+        objective = objective or cls.objective
+        if objective not in OBJECTIVES:
+            raise ValueError(
+                f"{cls.__name__}: objective must be one of {[*OBJECTIVES]}, got {objective!r}"
+            )
+        if objective == "cd" and not issubclass(cls.model_class, JointRBM):
+            raise ValueError(f"{cls.__name__}: objective 'cd' is for a JointRBM alone")
+        training = training or PairTraining()
+        vocabulary = Vocabulary.from_captions((text for own in captions for text in own), n_words)
+        bags = CaptionBags.encode(features, captions, vocabulary)
+        train, rest = bags.split(held_out, training.seed)
+        generator = torch.Generator().manual_seed(training.seed)
+        model = cls.model_class(features.shape[1], len(vocabulary), n_hidden, generator=generator)
+        model.initialize_from_data(train.features, train.words)
+        reranker = cls(model, vocabulary, **options)
+        OBJECTIVES[objective](model, train, rest, training)
+        return reranker
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json (sizes and vocabulary) and model.safetensors into a folder."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.cpu().contiguous() for name, t in self.model.state_dict().items()}
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        config = {
+            "model": type(self.model).__name__,
+            "n_features": self.model.n_features,
+            "n_hidden": self.model.n_hidden,
+            "words": self.vocabulary.words,
+        }
+        (target / "config.json").write_text(json.dumps(config, ensure_ascii=False, indent=1))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> Self:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Args:
+            folder: The folder.
+            **options: Further keywords of the class.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ValueError: The folder holds another class's model.
+        """
+        source = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (source / name).is_file():
+                raise FileNotFoundError(f"{cls.__name__}: {source} must hold {name}")
+        config = json.loads((source / "config.json").read_text())
+        if config.get("model") != cls.model_class.__name__:
+            raise ValueError(
+                f"{cls.__name__}: {source} must hold a {cls.model_class.__name__}, "
+                f"got {config.get('model')}"
+            )
+        vocabulary = Vocabulary(tuple(config["words"]))
+        model = cls.model_class(config["n_features"], len(vocabulary), config["n_hidden"])
+        model.load_state_dict(load_file(source / "model.safetensors"))
+        return cls(model, vocabulary, **options)
+
+
+class RBMReranker(PairReranker):
+    """Re-ranking by the free energy of a joint RBM.
+
+    Args:
+        model: A trained :class:`~.matching.JointRBM`.
+        vocabulary: The words that it knows.
+        energy: "pmi": the score of :class:`~.matching.JointRBM`. "joint": -F(v, t), which prefers
+            frequent words whatever the image; it shows what subtracting the prior is good for.
+
+    Raises:
+        ValueError: An unknown energy.
+    """
+
+    model_class = JointRBM
+
+    def __init__(self, model: JointRBM, vocabulary: Vocabulary, energy: str = "pmi") -> None:
+        super().__init__(model, vocabulary)
+        if energy not in ("pmi", "joint"):
+            raise ValueError(f"RBMReranker: energy must be 'pmi' or 'joint', got {energy!r}")
+        self.energy = energy
+
+    def _scores(self, features: Tensor, words: Tensor) -> Tensor:
+        if self.energy == "pmi":
+            return super()._scores(features, words)
+        assert isinstance(self.model, JointRBM)
+        n = words.shape[1]
+        energies = self.model.free_energy(features.repeat_interleave(n, 0), words.flatten(0, 1))
+        return -energies.view(-1, n)
+
+
+class ITCReranker(PairReranker):
+    """Re-ranking by the cosine of a :class:`~.matching.TwoTower`, times its learned scale."""
+
+    model_class = TwoTower
+
+
+class ITMReranker(PairReranker):
+    """Re-ranking by the log-odds of a match of a :class:`~.matching.MatchMLP`."""
+
+    model_class = MatchMLP
+    objective = "matching"
+
+
+class BlipReranker(Reranker):
+    """Re-ranking by a BLIP retrieval model, such as Salesforce/blip-itm-base-coco.
+
+    Args:
+        model: A :class:`transformers.BlipForImageTextRetrieval`; it is put into evaluation mode.
+        tokenizer: Its tokenizer.
+        head: "itm": the log-odds of a match by cross-attention. "itc": the cosine.
+        batch_size: Captions at a time.
+
+    Raises:
+        ValueError: An unknown head, or a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        model: BlipForImageTextRetrieval,
+        tokenizer: PreTrainedTokenizerBase,
+        head: str = "itm",
+        batch_size: int = 64,
+    ) -> None:
+        if head not in ("itm", "itc"):
+            raise ValueError(f"BlipReranker: head must be 'itm' or 'itc', got {head!r}")
+        if batch_size < 1:
+            raise ValueError(f"BlipReranker: batch_size must be 1 or more, got {batch_size}")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.head = head
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def score(self, image_features: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
+        """Scores [N, n] of image embeddings [N, L, D] with N lists of n captions.
+
+        The embeddings are the model's own ``vision_model(pixel_values).last_hidden_state``, so each
+        image is encoded once for all of its candidates (the model's ``forward`` encodes it anew).
+        """
+        n = _list_length("BlipReranker", texts, len(image_features))
+        captions = [text for each in texts for text in each]
+        images = torch.arange(len(texts)).repeat_interleave(n)
+        scores = [
+            self._batch(image_features[rows], [captions[first + i] for i in range(len(rows))])
+            for first, rows in zip(
+                range(0, len(captions), self.batch_size), images.split(self.batch_size), strict=True
+            )
+        ]
+        return torch.cat(scores).view(len(texts), n)
+
+    def _batch(self, embeddings: Tensor, captions: list[str]) -> Tensor:
+        device = self.model.device
+        embeddings = embeddings.to(device, self.model.dtype)
+        tokens = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+        text = {
+            "input_ids": tokens["input_ids"].to(device),
+            "attention_mask": tokens["attention_mask"].to(device),
+        }
+        if self.head == "itc":
+            hidden = self.model.text_encoder(**text).last_hidden_state[:, 0]
+            text_vectors = torch.nn.functional.normalize(self.model.text_proj(hidden), dim=-1)
+            image_vectors = torch.nn.functional.normalize(
+                self.model.vision_proj(embeddings[:, 0]), dim=-1
+            )
+            return (text_vectors * image_vectors).sum(-1).float().cpu()
+        hidden = self.model.text_encoder(
+            **text,
+            encoder_hidden_states=embeddings,
+            encoder_attention_mask=torch.ones(
+                embeddings.shape[:2], dtype=torch.long, device=device
+            ),
+        ).last_hidden_state[:, 0]
+        no_match, match = self.model.itm_head(hidden).float().unbind(-1)
+        return (match - no_match).cpu()
+
+
+class SumReranker(Reranker):
+    """The weighted sum of other rerankers' scores, such as an RBM's and a two-tower model's.
+
+    Args:
+        parts: Rerankers that take the same image features.
+        weights: One for each.
+
+    Raises:
+        ValueError: As many weights as there are not rerankers.
+    """
+
+    def __init__(self, parts: Sequence[Reranker], weights: Sequence[float]) -> None:
+        if len(parts) != len(weights) or not parts:
+            raise ValueError(
+                f"SumReranker: weights must be one for each of 1 part or more, "
+                f"got {len(weights)} for {len(parts)}"
+            )
+        self.parts = list(parts)
+        self.weights = list(weights)
+
+    def score(self, image_features: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
+        scores = [part.score(image_features, texts) for part in self.parts]
+        return sum(
+            (weight * score for weight, score in zip(self.weights, scores, strict=True)),
+            torch.zeros_like(scores[0]),
+        )
+
+
+def combined_scores(
+    captioner: Tensor, extra: Tensor, weight: float, *, standardise: bool = False
+) -> Tensor:
+    """captioner + weight * extra, what re-ranking takes the largest of.
+
+    Args:
+        captioner: [N, n], length-normalised log-probabilities.
+        extra: [N, n], a reranker's scores.
+        weight: Finite.
+        standardise: False: ``extra`` as it is. A PMI is a log-probability ratio, so that a
+            difference counts alike for all images, and an image whose candidates all fit alike
+            is left to the captioner. True: every list's extra scores at mean 0 and variance 1
+            (0 where all are equal), which makes weights of different rerankers comparable.
+
+    Returns:
+        [N, n].
+
+    Raises:
+        ValueError: Different shapes, or a weight that is not finite.
+    """
+    if captioner.shape != extra.shape or captioner.dim() != 2:
+        raise ValueError(
+            "combined_scores: captioner and extra must be [N, n] both, "
+            f"got {list(captioner.shape)} and {list(extra.shape)}"
+        )
+    if not abs(weight) < float("inf"):
+        raise ValueError(f"combined_scores: weight must be finite, got {weight}")
+    if weight == 0:
+        return captioner  # also where a list's extra scores are infinite
+    return captioner + weight * (_standardised(extra) if standardise else extra)
+
+
+def _standardised(extra: Tensor) -> Tensor:
+    """Each list at mean 0 and variance 1, or at 0 where all its scores are equal."""
+    spread, mean = torch.std_mean(extra, dim=1, keepdim=True, correction=0)
+    flat = spread <= 1e-6 * (1 + mean.abs())
+    return torch.where(flat, 0.0, (extra - mean) / torch.where(flat, 1.0, spread))
+
+
+def candidate_ciders(
+    texts: Sequence[Sequence[str]],
+    references: Sequence[Sequence[str]],
+    frequencies: DocumentFrequencies | None = None,
+) -> Tensor:
+    """CIDEr of every candidate, [N, n] float64.
+
+    A caption's CIDEr depends on the references alone and not on the other images' captions, so the
+    mean over one candidate of each image is the corpus CIDEr of that choice; the mean of each row's
+    largest is the oracle's.
+
+    Args:
+        texts: N lists of n candidates.
+        references: N lists of true captions.
+        frequencies: Document frequencies; None counts them in these references.
+
+    Raises:
+        ValueError: Lists of different lengths, or what :func:`.metrics.cider_scores` raises.
+    """
+    n = _list_length("candidate_ciders", texts, len(references))
+    if frequencies is None:
+        frequencies = document_frequencies(references)
+    flat = [text for each in texts for text in each]
+    repeated = [own for own in references for _ in range(n)]
+    return cider_scores(flat, repeated, frequencies).view(len(texts), n)
+
+
+def weight_grid(captioner: Tensor, extra: Tensor) -> list[float]:
+    """Weights to try: 0, and 1/20 to 10 times the ratio of both scores' spread within lists."""
+    spreads = [(s - s.mean(1, keepdim=True)).square().mean().sqrt() for s in (captioner, extra)]
+    ratio = (spreads[0] / spreads[1].clamp_min(torch.finfo(torch.float32).tiny)).item()
+    return [relative * ratio for relative in _RELATIVE_WEIGHTS]
+
+
+def choose_weight(
+    captioner: Tensor,
+    extra: Tensor,
+    quality: Tensor,
+    weights: Sequence[float] | None = None,
+    *,
+    standardise: bool = False,
+) -> float:
+    """The weight under which the chosen candidates have the highest mean quality.
+
+    Choose it on images that the result is not reported on.
+
+    Args:
+        captioner: [N, n].
+        extra: [N, n], what a reranker's ``score`` gave.
+        quality: [N, n], as of :func:`candidate_ciders`: the mean is then the corpus CIDEr.
+        weights: To choose from; by default :func:`weight_grid`.
+        standardise: As for :func:`combined_scores`.
+
+    Returns:
+        One of the weights; the smallest of several that are equally good.
+
+    Raises:
+        ValueError: Different shapes, or no weights.
+    """
+    if quality.shape != captioner.shape:
+        raise ValueError(
+            f"choose_weight: quality must be [N, n] = {list(captioner.shape)}, "
+            f"got {list(quality.shape)}"
+        )
+    if weights is None:
+        weights = weight_grid(captioner, _standardised(extra) if standardise else extra)
+    if not weights:
+        raise ValueError("choose_weight: weights must hold one or more, got none")
+
+    def mean_quality(weight: float) -> float:
+        chosen = combined_scores(captioner, extra, weight, standardise=standardise).argmax(1)
+        return quality.double().gather(1, chosen[:, None]).mean().item()
+
+    return max(sorted(weights, key=abs), key=mean_quality)
+
+
+def generated_candidates(
+    output: Any, tokenizer: PreTrainedTokenizerBase, n_images: int
+) -> Candidates:
+    """What ``generate`` returned, as lists of candidates in its own order.
+
+    Args:
+        output: With ``sequences`` [N n, L] and, from a beam search, ``sequences_scores`` [N n].
+            Without these (sampling) the mean log-probability of the drawn tokens is taken from
+            ``scores``, the processed logits of each step.
+        tokenizer: Decodes the sequences.
+        n_images: N.
+
+    Returns:
+        The candidates, with the images' numbers as their names.
+
+    Raises:
+        ValueError: No dictionary output with scores, or sequences that do not divide by N.
+    """
+    sequences = getattr(output, "sequences", None)
+    steps = getattr(output, "scores", None)
+    totals = getattr(output, "sequences_scores", None)
+    if sequences is None or (totals is None and steps is None):
+        raise ValueError(
+            "generated_candidates: output must come from generate(..., "
+            f"return_dict_in_generate=True, output_scores=True), got {type(output).__name__}"
+        )
+    if n_images < 1 or len(sequences) % n_images:
+        raise ValueError(
+            f"generated_candidates: {len(sequences)} sequences must be as many for each of "
+            f"{n_images} images; is num_return_sequences what you think?"
+        )
+    if totals is None:
+        assert steps is not None
+        totals = _mean_log_probability(sequences, steps, tokenizer.pad_token_id)
+    n = len(sequences) // n_images
+    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    lists = [texts[first : first + n] for first in range(0, len(texts), n)]
+    scores = totals.view(n_images, n).float().cpu()
+    return Candidates([str(i) for i in range(n_images)], lists, scores)
+
+
+def _mean_log_probability(
+    sequences: Tensor, steps: Sequence[Tensor], pad_token_id: int | None
+) -> Tensor:
+    """Mean over the drawn tokens of each sequence [R] of their log-probabilities."""
+    drawn = sequences[:, -len(steps) :]  # [R, S]
+    log_p = torch.stack([logits.float().log_softmax(-1) for logits in steps], 1)  # [R, S, V]
+    of_drawn = log_p.gather(2, drawn[..., None])[..., 0]
+    counted = torch.ones_like(drawn, dtype=torch.bool)
+    if pad_token_id is not None:
+        counted = drawn != pad_token_id
+    return of_drawn.masked_fill(~counted, 0.0).sum(1) / counted.sum(1).clamp_min(1)
+
+
+def _list_length(name: str, texts: Sequence[Sequence[str]], n_images: int) -> int:
+    """n of N lists of n texts, after checking that they are N and of one length."""
+    lengths = {len(each) for each in texts}
+    if len(texts) != n_images or len(lengths) != 1:
+        raise ValueError(
+            f"{name}: texts must be {n_images} lists of one length, "
+            f"got {len(texts)} of lengths {sorted(lengths)}"
+        )
+    return lengths.pop()
