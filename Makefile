@@ -28,7 +28,7 @@ OPERATION_TESTS := test_sample.py test_gibbs.py test_free_energy.py test_cd.py t
 # With the CUDA kernels compiled for the CPU as well, which is how they are tested without a GPU.
 .venv/test.stamp: .venv/bin/python $(SOURCES)
 	RBM_KERNELS_CUDA_EMULATED=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt ".[train,test]"
+		-c constraints.txt ".[train,blip,test]"
 	touch $@ .venv/train.stamp
 
 .venv/bench.stamp: .venv/bin/python $(SOURCES)

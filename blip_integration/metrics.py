@@ -125,12 +125,16 @@ def document_frequencies(references: Sequence[Sequence[str]]) -> DocumentFrequen
 
     Give those of a whole data set to :func:`cider_scores` to score a part of it, or several
     captions for each image.
+
+    Raises:
+        ValueError: no references.
     """
+    if not references:
+        raise ValueError("document_frequencies: references must be of at least 1 image, got none")
     counts: Counter[Ngram] = Counter()
     for captions in references:
-        counts.update(
-            set(chain.from_iterable(map(_ngram_counts, map(normalise_caption, captions))))
-        )
+        texts = map(normalise_caption, captions)
+        counts.update(set(chain.from_iterable(map(_ngram_counts, texts))))
     return DocumentFrequencies(counts, len(references))
 
 
@@ -278,21 +282,15 @@ def _tf_idf(text: str, frequencies: DocumentFrequencies) -> _TfIdf:
 def _cider_similarity(candidate: _TfIdf, reference: _TfIdf) -> float:
     """The mean over n of the clipped cosine similarities, with the Gaussian length penalty."""
     penalty = math.exp(-((candidate.words - reference.words) ** 2) / (2 * _CIDER_SIGMA**2))
-    total = 0.0
+    cosines = 0.0
     for order in range(_CIDER_N):
         norm = candidate.norms[order] * reference.norms[order]
         if norm > 0:
             theirs = reference.weights[order]
-            total += (
-                penalty
-                / norm
-                * sum(
-                    min(value, theirs[ngram]) * theirs[ngram]
-                    for ngram, value in candidate.weights[order].items()
-                    if ngram in theirs
-                )
-            )
-    return total / _CIDER_N
+            ours = candidate.weights[order].items()
+            product = sum(min(w, theirs[g]) * theirs[g] for g, w in ours if g in theirs)
+            cosines += product / norm
+    return penalty * cosines / _CIDER_N
 
 
 def _check(name: str, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> None:

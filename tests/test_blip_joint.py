@@ -269,23 +269,27 @@ def test_itc_compares_cls_with_the_mean_of_word_embeddings() -> None:
     torch.testing.assert_close(objective(**batch)["itc"], expected / 2)
 
 
+def match_log_probabilities(objective: JointObjective, batch: dict[str, Tensor]) -> Tensor:
+    """Of "unfit" and "fit" for image i and text j [B, B, 2], pair by pair and without pads."""
+    decoder = objective.model.text_decoder.bert
+    rows = []
+    for features in features_of(objective.model, batch["pixel_values"]):
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            states = decoder(
+                ids[None, : int(mask.sum())], encoder_hidden_states=features[None], is_decoder=True
+            ).last_hidden_state
+            rows.append(objective.heads.match(states[0, -1]).log_softmax(-1))
+    size = len(batch["input_ids"])
+    return torch.stack(rows).view(size, size, 2)
+
+
 def test_itm_reads_the_state_at_the_captions_end() -> None:
     model = captioner()
     batch = batch_of(model, 2)  # with two pairs each has one negative
     objective = objective_of(model, itm=1.0)
-    logits = {}
-    for i in range(2):
-        for j in range(2):
-            ids = batch["input_ids"][j : j + 1, : int(batch["attention_mask"][j].sum())]
-            last = model(
-                batch["pixel_values"][i : i + 1], ids, output_hidden_states=True
-            ).image_embeds
-            states = model.text_decoder.bert(
-                ids, encoder_hidden_states=last, is_decoder=True
-            ).last_hidden_state
-            logits[i, j] = objective.heads.match(states[0, -1]).log_softmax(-1)
-    fit = logits[0, 0][1] + logits[1, 1][1]
-    unfit = 2 * (logits[0, 1][0] + logits[1, 0][0])
+    log_p = match_log_probabilities(objective, batch)
+    fit = log_p[0, 0, 1] + log_p[1, 1, 1]
+    unfit = 2 * (log_p[0, 1, 0] + log_p[1, 0, 0])
     torch.testing.assert_close(objective(**batch)["itm"], -(fit + unfit) / 6)
 
 
@@ -299,13 +303,14 @@ def test_captions_of_one_image_are_no_negatives_of_each_other() -> None:
 
     items.append((images[1], captions[1][0], 9))
     batch = collate_captions(items, TOKENIZER, model.config.text_config)
-    words = model.get_input_embeddings()(batch["input_ids"])
-    image = objective.heads.project_image(features_of(model, batch["pixel_values"]))
-    text = objective.heads.project_text(words, batch["labels"] != -100)
-    scores = image @ text.T / 0.07
-    targets = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
-    expected = -(targets * (scores.log_softmax(1) + scores.log_softmax(0))).sum() / 6
-    torch.testing.assert_close(objective(**batch)["itc"], expected)
+    log_p = match_log_probabilities(objective, batch)
+    # Only the last image has a choice between two wrong texts.
+    fit = log_p[[0, 1, 2], [0, 1, 2], 1].sum()
+    wrong_texts, wrong_images = log_p[:2, 2, 0].sum(), log_p[[2, 2, 0], [0, 1, 2], 0].sum()
+    certain = fit + wrong_texts + wrong_images
+    possible = {-(certain + log_p[2, j, 0]).item() / 9 for j in range(2)}
+    seen = {objective(**batch, draw=draw)["itm"].item() for draw in range(12)}
+    assert sorted(seen) == pytest.approx(sorted(possible))
 
 
 @pytest.mark.parametrize("cls", ["shared", "skip", "apart"])

@@ -173,17 +173,18 @@ def test_without_java(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a shell script")
-@pytest.mark.parametrize("output", ["", "no number"])
-def test_failing_java(monkeypatch, tmp_path, output):
+@pytest.mark.parametrize("script", ["exit 3", "echo no number", "/bin/cat; exit 3"])
+def test_failing_java(monkeypatch, tmp_path, script):
+    """It ends at once, answers what is no number, or answers each line and then fails."""
     java = tmp_path / "java"
-    java.write_text(f"#!/bin/sh\necho {output}\nexit 3\n")
+    java.write_text(f"#!/bin/sh\n{script}\n")
     java.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     # Enough text that writing to the process must fail, not only reading from it.
     candidates, references = random_set(500)
     with pytest.raises(RuntimeError, match="METEOR's Java process failed"):
         evaluate(candidates, references, meteor=True)
-    with pytest.raises(RuntimeError, match="tokeniser gave 1 lines for 6 captions"):
+    with pytest.raises(RuntimeError, match=r"tokeniser gave \d lines for 6 captions"):
         evaluate(CANDIDATES, REFERENCES, tokeniser="ptb", meteor=False)
 
 
@@ -217,6 +218,11 @@ def test_bad_captions(candidates, references, message):
         evaluate(candidates, references)
     with pytest.raises(ValueError, match="cider_scores: .*" + message):
         cider_scores(candidates, references)
+
+
+def test_no_documents():
+    with pytest.raises(ValueError, match="document_frequencies: references must be of at least 1"):
+        metrics.document_frequencies([])
 
 
 def test_bad_tokeniser():

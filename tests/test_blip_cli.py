@@ -1,0 +1,438 @@
+"""The command line rbm-caption: what it writes, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import blip_models
+from PIL import Image
+from transformers import AutoModelForImageTextToText, BertConfig, BlipProcessor
+from transformers.utils import logging
+
+import blip_integration
+from blip_integration import captioner, cli, features, metrics
+from blip_integration.adjust import apply_rbm_to_blip
+from blip_integration.candidates import beam_candidates
+from blip_integration.data import open_image
+from blip_integration.recipe import load_captioner, save_captioner
+from rbm_kernels import RBM
+
+SHORT = ["--variant", "0", "--width", "16", "--layers", "1", "--heads", "2", "--min-count", "1"]
+SHORT += ["--epochs", "2", "--batch", "8"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return blip_models.draw_data(tmp_path_factory.mktemp("data") / "drawn")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A folder of stock BLIP, as a hub would give it."""
+    folder = tmp_path_factory.mktemp("models") / "blip"
+    save_captioner(*blip_models.tiny_blip(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rbm(tmp_path_factory) -> Path:
+    """An RBM that moves the features of that model a lot."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = RBM(blip_models.WIDTH, 8, "gaussian")
+    with torch.no_grad():
+        model.W.mul_(300)
+    path = tmp_path_factory.mktemp("rbm") / "rbm.safetensors"
+    model.save(path)
+    return path
+
+
+@pytest.fixture
+def untrained_encoder(monkeypatch) -> None:
+    """The EfficientNet with random weights: no package of weights is needed."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+
+    def encoder(variant: int, pretrained: bool = True) -> features.LiteEncoder:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return features.LiteEncoder(variant, pretrained=False)
+
+    monkeypatch.setattr(captioner, "LiteEncoder", encoder)
+
+
+@pytest.fixture
+def no_java(monkeypatch) -> None:
+    """METEOR's program takes seconds to start."""
+    monkeypatch.setattr(metrics, "java_available", lambda: False)
+
+
+def pictures(data: Path) -> list[str]:
+    return sorted(str(path) for path in (data.parent / "images").iterdir())
+
+
+def expected_captions(folder: Path, paths: list[str], **options: int) -> list[str]:
+    loaded, processor = load_captioner(folder)
+    pixels = processor.image_processor([open_image(path) for path in paths], return_tensors="pt")
+    pixels = pixels["pixel_values"]
+    return beam_candidates(loaded, processor.tokenizer, pixels, progress=False, **options).best
+
+
+def test_help_is_fast():
+    """It imports nothing heavy; and every command has help."""
+    code = (
+        "import sys; from blip_integration import cli\n"
+        "for command in ([], ['train'], ['fit'], ['caption'], ['evaluate'], ['demo']):\n"
+        "    try: cli.main([*command, '--help'])\n"
+        "    except SystemExit as exit: assert exit.code == 0\n"
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    root = str(Path(blip_integration.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.count(b"usage: rbm-caption") == 6
+
+
+def test_train_caption_and_train_again(data, tmp_path, untrained_encoder, monkeypatch, capfd):
+    out = tmp_path / "new" / "model"
+    options = ["--validation", "val", *SHORT]
+    assert cli.main(["train", str(data), "--out", str(out), *options]) == 0
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    assert "6 images with 12 captions, 13 words and marks" in printed.out
+    assert "epoch 1: loss " in printed.out and "epoch 2: loss " in printed.out
+    assert re.search(r"trained for .* s: loss .* to .* \(smoothed\); val \d.* nats", printed.out)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["model", "model-features"]
+    trained = AutoModelForImageTextToText.from_pretrained(out)
+    assert type(trained) is captioner.LiteBlipForConditionalGeneration
+
+    paths = pictures(data)[:2]
+    capfd.readouterr()
+    assert cli.main(["caption", *paths, "--model", str(out)]) == 0
+    printed = capfd.readouterr()
+    said = expected_captions(out, paths)
+    assert printed.out.splitlines() == [f"{p}: {c}" for p, c in zip(paths, said, strict=True)]
+    assert printed.err == ""
+
+    # The features are there now.
+    def fail(*_):
+        raise AssertionError("the encoder ran again")
+
+    monkeypatch.setattr(features.LiteEncoder, "forward", fail)
+    again = tmp_path / "again"
+    cache = ["--cache", str(tmp_path / "new" / "model-features")]
+    assert cli.main(["train", str(data), "--out", str(again), *cache, *options]) == 0
+    wanted, got = (
+        AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in (out, again)
+    )
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("during", ["training", "saving"])
+def test_ctrl_c_leaves_the_features_and_no_model(
+    data, tmp_path, untrained_encoder, monkeypatch, capsys, during
+):
+    if during == "training":
+        monkeypatch.setattr(captioner, "train_captioner", interrupt)
+    else:
+        monkeypatch.setattr(BlipProcessor, "save_pretrained", interrupt)
+    command = ["train", str(data), "--out", str(tmp_path / "model"), *SHORT]
+    assert cli.main(command) == 130
+    assert capsys.readouterr().err == "\nrbm-caption: interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["model-features"]
+    monkeypatch.undo()
+    assert len(features.FeatureCache(tmp_path / "model-features" / "train")) == 6
+
+
+def test_train_never_writes_over_anything(data, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("precious")
+    assert cli.main(["train", str(data), "--out", str(tmp_path)]) == 2
+    assert "must be new or empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("options", [{}, {"beams": 1}, {"beams": 2, "min_length": 9}])
+def test_caption_says_what_generate_does(data, model, capsys, options):
+    paths = pictures(data)
+    words = [part for name, value in options.items()
+             for part in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+    assert cli.main(["caption", *paths, "--model", str(model), "--batch", "2", *words]) == 0
+    printed = capsys.readouterr()
+    said = expected_captions(model, paths, **options)
+    assert printed.out.splitlines() == [f"{p}: {c}" for p, c in zip(paths, said, strict=True)]
+    assert printed.err == "" and len(set(said)) > 1
+
+
+def before_and_after(printed: str) -> tuple[list[str], list[str], list[float]]:
+    parts = (
+        re.findall(r"^  before: (.*)$", printed, re.M),
+        re.findall(r"^  after:  (.*)$", printed, re.M),
+        [float(x) for x in re.findall(r"before and after: (.*)$", printed, re.M)],
+    )
+    assert len({len(part) for part in parts}) == 1
+    return parts
+
+
+def test_caption_before_and_after_an_rbm(data, model, rbm, capsys):
+    paths = pictures(data)
+    command = ["caption", *paths, "--model", str(model), "--batch", "4", "--rbm", str(rbm)]
+    assert cli.main([*command, "--gate", "2"]) == 0
+    before, after, cosines = before_and_after(capsys.readouterr().out)
+    assert before == expected_captions(model, paths) and before != after
+    assert len(cosines) == len(paths) and max(cosines) < 0.99
+
+    # The same by the library alone.
+    adjusted, processor = load_captioner(model)
+    ones = torch.ones(blip_models.WIDTH)
+    apply_rbm_to_blip(adjusted, RBM.load(rbm), 0 * ones, ones, gate=2.0)
+    pixels = processor.image_processor([open_image(p) for p in paths], return_tensors="pt")
+    pixels = pixels["pixel_values"]
+    assert after == beam_candidates(adjusted, processor.tokenizer, pixels, progress=False).best
+    states = adjusted.vision_model(pixels).last_hidden_state
+    plain = load_captioner(model)[0].vision_model(pixels).last_hidden_state
+    cosine = torch.nn.functional.cosine_similarity(states, plain, dim=-1).mean(1)
+    torch.testing.assert_close(torch.tensor(cosines), cosine, atol=1e-4, rtol=0)
+
+    assert cli.main([*command, "--gate", "0"]) == 0
+    before, after, cosines = before_and_after(capsys.readouterr().out)
+    assert before == after and set(cosines) == {1.0}
+
+
+def test_a_model_with_an_rbm_has_captions_before_and_after(data, model, rbm, tmp_path, capsys):
+    adjusted, processor = load_captioner(model)
+    ones = torch.ones(blip_models.WIDTH)
+    apply_rbm_to_blip(adjusted, RBM.load(rbm), 0 * ones, ones, gate=2.0)
+    save_captioner(adjusted, processor, tmp_path / "adjusted")
+    command = ["caption", *pictures(data), "--model"]
+    assert cli.main([*command, str(tmp_path / "adjusted")]) == 0
+    of_folder = capsys.readouterr().out
+    assert cli.main([*command, str(model), "--rbm", str(rbm), "--gate", "2"]) == 0
+    assert capsys.readouterr().out == of_folder
+    assert cli.main([*command, str(tmp_path / "adjusted"), "--gate", "0"]) == 0
+    before, after, _ = before_and_after(capsys.readouterr().out)
+    assert before == after
+
+
+class Images(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.pictures = self.veils = 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "img":
+            kind = dict(attributes).get("class")
+            self.veils += kind == "veil"
+            self.pictures += kind is None
+
+
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_a_page_with_attention_to_each_word(data, model, rbm, tmp_path, capsys, adjusted):
+    page = tmp_path / "new" / "page.html"
+    paths = pictures(data)[:3]
+    command = ["caption", *paths, "--model", str(model), "--html", str(page)]
+    command += ["--rbm", str(rbm), "--gate", "1"] if adjusted else []
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    if adjusted:
+        said = before_and_after(printed)[1]
+    else:
+        said = [line.split(": ")[1] for line in printed.splitlines()[:3]]
+    text = page.read_text()
+    found = Images(text)
+    assert found.pictures == 3 and found.veils == sum(len(c.split()) for c in said)
+    assert all(Path(path).name in text for path in paths)
+    assert ("cosine before to after" in text) == adjusted
+    assert ("share of 0.762" in text) == adjusted  # tanh(1)
+
+
+def test_evaluate_scores_the_captions_that_it_writes(data, model, tmp_path, no_java, capsys):
+    pytest.importorskip("pycocoevalcap")
+    out = tmp_path / "new" / "scores.json"
+    command = ["evaluate", str(data), "--model", str(model), "--batch", "2", "--out", str(out)]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr()
+    content = json.loads(out.read_text())
+    paths = pictures(data)[6:]
+    captions = [each["caption"] for each in content["captions"]]
+    assert captions == expected_captions(model, paths)
+    assert [each["id"] for each in content["captions"]] == [6, 7, 8]
+    references = [each["references"] for each in content["captions"]]
+    assert references[0] == ["A red circle on white.", "a circle is red"]
+    assert content["scores"] == metrics.evaluate(captions, references)
+    assert printed.err == "" and "split val: 3 images, 3 beams" in printed.out
+    table = dict(line.split() for line in printed.out.splitlines()[1:])
+    assert table.keys() == content["scores"].keys()
+    for name, value in content["scores"].items():
+        shown = value if name.startswith(("distinct", "length")) else 100 * value
+        assert float(table[name]) == pytest.approx(shown, abs=0.051)
+
+
+def test_evaluate_with_an_rbm_and_on_all_images(data, model, rbm, tmp_path, no_java):
+    pytest.importorskip("pycocoevalcap")
+    out = tmp_path / "scores.json"
+    command = ["evaluate", str(data), "--model", str(model), "--split", "all", "--first", "4"]
+    command += ["--rbm", str(rbm), "--gate", "2", "--beams", "1", "--out", str(out)]
+    assert cli.main(command) == 0
+    said = [each["caption"] for each in json.loads(out.read_text())["captions"]]
+    assert len(said) == 4 and said != expected_captions(model, pictures(data)[:4], beams=1)
+
+
+def test_fit_an_rbm_and_use_it(data, model, tmp_path, capsys):
+    out = tmp_path / "rbm.safetensors"
+    command = ["fit", str(data), "--model", str(model), "--out", str(out), "--hidden", "5"]
+    command += ["--cache", str(tmp_path / "cache"), "--epochs", "2", "--rows", "16"]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and "6 x 17 x 16" in printed.out and "16 x 5 units" in printed.out
+    fitted = RBM.load(out)
+    assert fitted.visible == "gaussian" and fitted.W.shape == (16, 5)
+    cached = features.FeatureCache(tmp_path / "cache" / "train")[:].reshape(-1, 16)
+    from blip_integration.recipe import load_fitted_rbm
+
+    _, mean, scale = load_fitted_rbm(out)
+    torch.testing.assert_close(mean, cached.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scale, cached.std(0, correction=0), atol=1e-4, rtol=1e-4)
+    assert cli.main(["caption", pictures(data)[0], "--model", str(model), "--rbm", str(out)]) == 0
+    before_and_after(capsys.readouterr().out)
+
+
+def test_transformers_is_as_talkative_afterwards_as_before(data, model, capsys):
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    try:
+        assert cli.main(["caption", pictures(data)[0], "--model", str(model)]) == 0
+        assert cli.main(["caption", "nothing.png", "--model", str(model)]) == 2
+        assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        assert cli.main(["caption", pictures(data)[0], "--model", str(model)]) == 0
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(verbosity)
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+
+
+@pytest.fixture
+def here(data, model, rbm, tmp_path, monkeypatch) -> Path:
+    """A folder with what the mistakes below name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "blip").symlink_to(model)
+    (tmp_path / "rbm.safetensors").symlink_to(rbm)
+    (tmp_path / "captions.json").symlink_to(data)
+    (tmp_path / "images").symlink_to(data.parent / "images")
+    Image.new("RGB", (8, 8)).save("good.png")
+    Image.effect_noise((64, 64), 50).save("broken.png")
+    Path("broken.png").write_bytes(Path("broken.png").read_bytes()[:1000])
+    Path("text.png").write_text("a photo of a dog")
+    Path("empty.png").touch()
+    Path("bad.json").write_text("{")
+    BertConfig().save_pretrained("bert")
+    Path("nothing").mkdir()
+    RBM(9, 4, "gaussian").save("narrow.safetensors")
+    RBM(blip_models.WIDTH, 4).save("binary.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("fly", "invalid choice: 'fly'"),
+        ("caption --model blip", "the following arguments are required: IMAGE"),
+        ("caption good.png", "the following arguments are required: --model"),
+        ("caption good.png --model blip --beams 0", "--beams: must be at least 1, got 0"),
+        ("caption good.png --model blip --beams x", "--beams: invalid _positive value: 'x'"),
+        ("caption none.png --model blip", "IMAGE must be an image file, got none.png"),
+        ("caption nothing --model blip", "IMAGE must be an image file, got nothing"),
+        ("caption empty.png --model blip", "empty.png is empty (0 bytes)"),
+        ("caption text.png --model blip", "text.png is in no image format"),
+        ("caption broken.png --model blip", "broken.png is damaged"),
+        ("caption good.png --model nothing", "must be a folder with config.json"),
+        ("caption good.png --model good.png", "must be a folder with config.json"),
+        ("caption good.png --model bert", "bert must hold a BLIP model, got one of type 'bert'"),
+        ("caption good.png --model some/where", "some/where"),
+        ("caption good.png --model blip --gate 1", "--gate needs --rbm"),
+        ("caption good.png --model blip --rbm no.safetensors", "must be a model file, got 'no."),
+        ("caption good.png --model blip --rbm text.png", "is not a safetensors file"),
+        ("caption good.png --model blip --rbm narrow.safetensors", "must have D = 16 visible"),
+        ("caption good.png --model blip --rbm binary.safetensors", "Gaussian visible units"),
+        ("caption good.png --model blip --rbm rbm.safetensors --gate nan", "gate must be finite"),
+        ("caption good.png --model blip --html nothing", "--html must be a file, got the folder"),
+        ("caption good.png --model blip --device abacus", "abacus"),
+        ("evaluate captions.json --model blip --split test", "split 'test' has no images"),
+        ("evaluate bad.json --model blip", "bad.json is no JSON file"),
+        ("evaluate no.json --model blip", "must be a JSON file, got no.json"),
+        ("evaluate captions.json --images nothing --model blip", "3 of 3 images"),
+        ("train captions.json --out blip", "must be new or empty, got blip"),
+        ("train captions.json", "the following arguments are required: --out"),
+        ("train captions.json --out new --variant 7", "--variant: invalid choice: 7"),
+        ("train captions.json --out new --split test", "split 'test' has no images"),
+        ("train captions.json --out new --min-count 99", "a word that occurs 99 times or more"),
+        ("fit captions.json --model blip --out nothing", "--out must be a file"),
+        ("fit captions.json --model blip --out r --learning-rate 0", "learning_rate must be pos"),
+        ("fit captions.json --model blip --out r --sigma 0", "sigma must be positive and finite"),
+    ],
+)
+def test_mistakes_take_one_line_and_exit_2(here, capfd, command, message):
+    try:
+        status = cli.main(command.split())
+    except SystemExit as error:
+        status = error.code
+    printed = capfd.readouterr()
+    assert status == 2
+    assert message in printed.err
+    assert printed.err.count("\n") == 1 and printed.err.startswith("rbm-caption")
+    assert not (here / "new").exists()
+
+
+def test_an_image_with_too_many_pixels(here, model, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    assert cli.main(["caption", "good.png", "--model", str(model)]) == 2
+    assert "good.png is too large" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"),
+    [
+        ("transformers", "caption good.png --model blip"),
+        ("pycocoevalcap", "evaluate captions.json --model blip"),
+        ("efficientnet_lite_pytorch", "train captions.json --out new --variant 0 --min-count 1"),
+    ],
+)
+def test_a_missing_package_is_named_with_what_installs_it(
+    here, monkeypatch, capsys, missing, command
+):
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert cli.main(command.split()) == 2
+    message = capsys.readouterr().err
+    assert missing.replace("_", "-") in message.replace("_", "-") and "pip install" in message
+    assert message.count("\n") == 1
+    assert not (here / "new").exists()
+
+
+def test_a_bug_of_ours_shows_its_traceback(data, model, monkeypatch):
+    def bug(*_):
+        raise AttributeError("ours")
+
+    monkeypatch.setattr(cli, "_captions", bug)
+    with pytest.raises(AttributeError, match="ours"):
+        cli.main(["caption", pictures(data)[0], "--model", str(model)])

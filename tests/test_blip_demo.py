@@ -1,0 +1,116 @@
+"""The demonstration: whole or not at all, reproducible, and with claims that are counted right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("efficientnet_lite_pytorch")
+pytest.importorskip("pycocoevalcap")
+
+from blip_integration import captioner, cli, demo, features
+from blip_integration.candidates import Candidates
+from blip_integration.data import load_captions
+from blip_integration.demo import DemoRow, DemoSettings, run_demo, table
+from blip_integration.recipe import load_captioner, load_fitted_rbm
+
+TINY = DemoSettings(
+    scenes=20, pixels=64, width=16, epochs=1, hidden=8, beams=2, shown=2, held_out=0.4
+)
+NAMES = ["captioner", "with an RBM inside", "re-ranked by an RBM"]
+
+
+@pytest.fixture(autouse=True)
+def untrained_encoder(monkeypatch):
+    """The EfficientNet with random weights: no package of weights is needed."""
+
+    def encoder(variant: int, pretrained: bool = True) -> features.LiteEncoder:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return features.LiteEncoder(variant, pretrained=False)
+
+    monkeypatch.setattr(captioner, "LiteEncoder", encoder)
+
+
+def test_everything_is_written_and_the_same_seed_gives_the_same_table(tmp_path):
+    lines = []
+    rows = run_demo(tmp_path / "a", TINY, say=lines.append, progress=False)
+    assert [row.name for row in rows] == NAMES
+    assert all(0 <= share <= 1 for row in rows for share in [row.correct, *row.claims.values()])
+    assert lines[0] == "12 scenes to train on, 8 others"
+    written = ["adjusted.html", "captioner", "features", "rbm.safetensors", "reranked.html"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [*written, "scenes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    model, processor = load_captioner(tmp_path / "a" / "captioner")
+    assert processor.image_processor.size == {"height": 64, "width": 64}
+    rbm, mean, _ = load_fitted_rbm(tmp_path / "a" / "rbm.safetensors")
+    assert rbm.W.shape == (16, 8) and mean.shape == (16,)
+    assert model.config.vision_config.hidden_size == 16
+    page = (tmp_path / "a" / "adjusted.html").read_text()
+    assert page.count("<article") == 2 and "cosine before to after" in page
+    assert "cosine before to after" not in (tmp_path / "a" / "reranked.html").read_text()
+    assert run_demo(tmp_path / "b", TINY, say=lambda _: None, progress=False) == rows
+
+
+def test_true_captions_have_true_claims_and_lies_have_not(tmp_path, monkeypatch):
+    """Captions taken from the references first, then captions of a scene that is not there."""
+
+    def true_then_lies(model, tokenizer, images, **_):
+        if isinstance(images, features.FeatureCache):
+            file = next(tmp_path.glob(".a-*/scenes/captions.json"))
+            references = load_captions(file, "val").captions
+            # The first candidate is right; the re-ranker may take the other one.
+            texts = [[each[0], each[0]] for each in references]
+        else:
+            texts = [["a dog", "a cat"]] * len(images)
+        return Candidates([str(i) for i in range(len(texts))], texts, torch.zeros(len(texts), 2))
+
+    monkeypatch.setattr(demo, "beam_candidates", true_then_lies)
+    plain, adjusted, reranked = run_demo(tmp_path / "a", TINY, say=print, progress=False)
+    assert plain.correct == 1.0 and set(plain.claims.values()) == {1.0}
+    assert plain.cider > 1.0
+    assert adjusted.correct == 0.0 and adjusted.claims == {"all": 0.0} and adjusted.cider == 0.0
+    assert (reranked.correct, reranked.claims, reranked.cider) == (
+        plain.correct,
+        plain.claims,
+        plain.cider,
+    )
+
+
+def test_a_table_has_a_column_for_each_kind_that_was_claimed():
+    rows = [
+        DemoRow("captioner", 0.25, {"all": 0.5, "object": 1.0}, 1.25),
+        DemoRow("re-ranked by an RBM", 1.0, {"all": 0.625, "object": 0.5, "relation": 1.0}, 0.0),
+    ]
+    assert [line.split() for line in table(rows).splitlines()] == [
+        ["all", "true", "claims", "object", "relation", "CIDEr"],
+        ["captioner", "25.0", "50.0", "100.0", "-", "125.0"],
+        ["re-ranked", "by", "an", "RBM", "100.0", "62.5", "50.0", "100.0", "0.0"],
+    ]
+
+
+def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "fit_rbm", interrupt)
+    assert (
+        cli.main(["demo", "--out", str(tmp_path / "a"), "--scenes", "10", "--epochs", "1"]) == 130
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_written_over(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("precious")
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+    assert "must be new or empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("scenes", [1, 5])
+def test_too_few_scenes(tmp_path, capsys, scenes):
+    command = ["demo", "--out", str(tmp_path / "a"), "--scenes", str(scenes)]
+    assert cli.main(command) == 2
+    assert f"scenes must be at least 10, got {scenes}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
