@@ -29,7 +29,7 @@ from .captioner import (
     train_captioner,
     word_tokenizer,
 )
-from .data import CaptionedImages, load_captions, open_image
+from .data import CaptionedImages, load_captions, normalise_caption, open_image
 from .features import FeatureCache
 from .fitting import Fitted, Schedule, TokenStream, fit_rbm
 from .matching import JointRBM, Vocabulary
@@ -43,7 +43,7 @@ from .recipe import (
     save_fitted_rbm,
     whole_folder,
 )
-from .rerank import RBMReranker, candidate_ciders, choose_weight
+from .rerank import RBMReranker, candidate_ciders, choose_weight, combined_scores
 from .scenes import CaptionCheck, Scene, accuracy, check_caption, load_scenes, make_scenes
 
 _SHARES = (0.05, 0.1, 0.2, 0.35, 0.5)  # values of tanh(gate) to choose from
@@ -177,7 +177,7 @@ def run_demo(
         stream = TokenStream(trained.known_features.features)
         fitted = fit_rbm(stream, settings.hidden, schedule, progress=progress)
         save_fitted_rbm(fitted, root / "rbm.safetensors")
-        reranker = _fit_reranker(trained, settings)
+        reranker = _train_reranker(trained, settings)
         say("one RBM fitted to the features, one to features and words")
 
         drawn = load_scenes(file)
@@ -188,9 +188,13 @@ def run_demo(
             trained.n_best(trained.other_features, settings.beams, progress),
         )
         choosing, reported = (unseen.part(range(i, len(trained.others), 2)) for i in (0, 1))
-        weight = _choose_weight(reranker, choosing)
-        numbers = reranker.rerank(reported.lists, _side_by_side(reported.features), weight)
-        reranked = reported.lists.chosen(numbers)
+        weight = choose_weight(
+            choosing.lists.scores,
+            _rerank_scores(reranker, choosing),
+            candidate_ciders(choosing.lists.texts, choosing.images.captions),
+        )
+        scores = combined_scores(reported.lists.scores, _rerank_scores(reranker, reported), weight)
+        reranked = reported.lists.chosen(scores.argmax(1))
         # From here on the captioner has the RBM.
         share = _insert_rbm(trained, fitted, choosing)
         adjusted = trained.n_best(reported.features, settings.beams, progress).best
@@ -257,16 +261,23 @@ def table(rows: Sequence[DemoRow]) -> str:
     return "\n".join(lines)
 
 
-def _fit_reranker(trained: _Trained, settings: DemoSettings) -> RBMReranker:
-    captions = trained.known.captions
+def _train_reranker(trained: _Trained, settings: DemoSettings) -> RBMReranker:
+    captions = [[_with_pairs(text) for text in texts] for texts in trained.known.captions]
     vocabulary = Vocabulary.from_captions(text for texts in captions for text in texts)
     bags = CaptionBags.encode(_side_by_side(trained.known_features[:]), captions, vocabulary)
     train, held_out = bags.split(seed=settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     rbm = JointRBM(bags.features.shape[1], len(vocabulary), settings.hidden, generator=generator)
     rbm.initialize_from_data(train.features, train.words)
-    fit_contrastive(rbm, train, held_out, PairTraining(seed=settings.seed))
+    # All positions side by side are many features for so few scenes.
+    training = PairTraining(feature_dropout=0.5, seed=settings.seed)
+    fit_contrastive(rbm, train, held_out, training)
     return RBMReranker(rbm.eval(), vocabulary)
+
+
+def _rerank_scores(reranker: RBMReranker, unseen: _Unseen) -> Tensor:
+    texts = [[_with_pairs(text) for text in each] for each in unseen.lists.texts]
+    return reranker.score(_side_by_side(unseen.features), texts)
 
 
 def _side_by_side(features: Tensor) -> Tensor:
@@ -274,10 +285,13 @@ def _side_by_side(features: Tensor) -> Tensor:
     return features[:, 1:].flatten(1)
 
 
-def _choose_weight(reranker: RBMReranker, unseen: _Unseen) -> float:
-    extra = reranker.score(_side_by_side(unseen.features), unseen.lists.texts)
-    quality = candidate_ciders(unseen.lists.texts, unseen.images.captions)
-    return choose_weight(unseen.lists.scores, extra, quality)
+def _with_pairs(caption: str) -> str:
+    """A caption with its pairs of neighbours as further words, "red-circle" among them.
+
+    A bag of single words says that there is red and a circle, but not that the circle is red.
+    """
+    words = normalise_caption(caption).split()
+    return " ".join([*words, *(f"{a}-{b}" for a, b in zip(words, words[1:], strict=False))])
 
 
 def _insert_rbm(trained: _Trained, fitted: Fitted, unseen: _Unseen) -> float:

@@ -401,9 +401,10 @@ def _meteor(candidates: list[str], references: list[list[str]]) -> float:
                 texts = [text.replace("|||", " ") for text in (*wanted, said)]
                 print("SCORE", *texts, sep=" ||| ", file=questions, flush=True)
                 statistics.append(answers.readline().strip())
-            print("EVAL", *statistics, sep=" ||| ", file=questions, flush=True)
             # One line for each caption, then one for the whole set.
-            scores = [answers.readline() for _ in range(len(candidates) + 1)]
+            scores = process.communicate(" ||| ".join(["EVAL", *statistics]) + "\n")[0].split()
+        if len(scores) != len(candidates) + 1:
+            raise ValueError(f"{len(scores)} scores for {len(candidates)} captions")
         return float(scores[-1])
     except (BrokenPipeError, ValueError) as error:
         raise RuntimeError(f"evaluate: METEOR's Java process failed ({error})") from error
