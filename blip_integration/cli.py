@@ -407,8 +407,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     model, processor = load_captioner(arguments.model, device)
     if hasattr(model.vision_model, "rbm"):
         raise ValueError(f"fit: --model must have no RBM yet, got {arguments.model}")
-    beside = Path(arguments.model) if Path(arguments.model).is_dir() else arguments.out
-    cache = arguments.cache or beside.with_name(f"{beside.name}-features")
+    cache = _feature_folder(arguments)
     started = time.perf_counter()
     features = cached_features(
         model.vision_model,
@@ -606,7 +605,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     model, processor = load_captioner(arguments.model, _device(arguments.device))
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    beside = Path(f"{arguments.model}-features")
+    beside = Path(f"{Path(arguments.model)}-features")
     cache = arguments.cache or (beside if beside.is_dir() else out / "features")
     features = [
         cached_features(
@@ -698,6 +697,14 @@ def _captions(
         max_length=arguments.max_length,
         progress=False,
     ).best
+
+
+def _feature_folder(arguments: argparse.Namespace) -> Path:
+    """Where train has put the features of its model; of another model, beside what is written."""
+    if arguments.cache is not None:
+        return arguments.cache
+    beside = Path(arguments.model) if Path(arguments.model).is_dir() else arguments.out
+    return beside.with_name(f"{beside.name}-features")
 
 
 def _require_file_to_write(option: str, path: Path) -> None:

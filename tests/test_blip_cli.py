@@ -92,7 +92,8 @@ def test_help_is_fast():
     """It imports nothing heavy; and every command has help."""
     code = (
         "import sys; from blip_integration import cli\n"
-        "for command in ([], ['train'], ['fit'], ['caption'], ['evaluate'], ['demo']):\n"
+        "names = 'train fit caption evaluate compare demo'.split()\n"
+        "for command in ([], *([name] for name in names)):\n"
         "    try: cli.main([*command, '--help'])\n"
         "    except SystemExit as exit: assert exit.code == 0\n"
         "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
@@ -101,7 +102,7 @@ def test_help_is_fast():
     environment = {**os.environ, "PYTHONPATH": root}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.count(b"usage: rbm-caption") == 6
+    assert done.stdout.count(b"usage: rbm-caption") == 7
 
 
 def test_train_caption_and_train_again(data, tmp_path, untrained_encoder, monkeypatch, capfd):
@@ -228,6 +229,30 @@ def test_a_model_with_an_rbm_has_captions_before_and_after(data, model, rbm, tmp
     assert before == after
 
 
+def test_a_process_says_captions_and_nothing_else(data, tmp_path):
+    """Of a small captioner with an RBM: a fresh process has to know that class by itself."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    _, processor = blip_models.tiny_blip()
+    width = blip_models.WIDTH
+    config = captioner.LiteVisionConfig(variant=0, hidden_size=width, num_hidden_layers=0)
+    vision = captioner.LiteVisionModel(config)
+    small = captioner.lite_blip(vision, processor.tokenizer, layers=1, heads=2)
+    ones = torch.ones(width)
+    apply_rbm_to_blip(small, RBM(width, 3, "gaussian"), 0 * ones, ones, gate=0.5)
+    save_captioner(small, processor, tmp_path / "small")
+    command = [sys.executable, "-m", "blip_integration", "caption", pictures(data)[0]]
+    root = str(Path(blip_integration.__file__).parents[1])
+    done = subprocess.run(
+        [*command, "--model", str(tmp_path / "small")],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [len(part) for part in before_and_after(done.stdout)] == [1, 1, 1]
+    assert len(done.stdout.splitlines()) == 4
+
+
 class Images(HTMLParser):
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -312,6 +337,44 @@ def test_fit_an_rbm_and_use_it(data, model, tmp_path, capsys):
     before_and_after(capsys.readouterr().out)
 
 
+def test_compare_studies_what_it_is_told(data, model, tmp_path, monkeypatch, capsys):
+    """The comparison itself has its own tests."""
+    from blip_integration import compare
+
+    called = []
+
+    def comparison(study, groups, on_run):
+        called.append((study, groups))
+        on_run(compare.Run("top-1", 0, [], seconds=2.0))
+        row = compare.Row("rerank: RBM", 2, {"CIDEr": 0.5}, 0.1, None, {}, 7, 1.0)
+        return {"re-evaluate": [row]}
+
+    monkeypatch.setattr(compare, "compare", comparison)
+    monkeypatch.setattr(compare, "markdown", lambda table: f"| {list(table)} |\n")
+    monkeypatch.setattr(compare, "changes_page", lambda study, name, images: f"{name}: {images}")
+    out = tmp_path / "study"
+    command = ["compare", str(data), "--model", str(model), "--out", str(out), "--seeds", "2"]
+    command += ["--groups", "adjust", "--beams", "4", "--cache", str(tmp_path / "cache")]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.startswith("top-1, seed 0: 2 s\n| ['re-evaluate'] |\n")
+    assert (out / "table.md").read_text() == "| ['re-evaluate'] |\n"
+    [row] = json.loads((out / "table.json").read_text())["re-evaluate"]
+    assert row["metrics"] == {"CIDEr": 0.5} and row["parameters"] == 7
+    page = (out / "changes.html").read_text()
+    assert page.startswith("rerank: RBM: ") and page.count(".png") == 3
+    [(study, groups)] = called
+    assert (groups, study.seeds, study.beams, study.folder) == (["adjust"], (0, 1), 4, out)
+    assert study.train.shape == (6, 17, 16) and len(study.train_captions) == 6
+    assert study.val.shape == (3, 17, 16) and len(study.val_captions) == 3
+    loaded, processor = load_captioner(model)
+    pixels = processor.image_processor(open_image(pictures(data)[7]), return_tensors="pt")
+    with torch.inference_mode():
+        states = loaded.vision_model(pixels["pixel_values"]).last_hidden_state[0]
+    torch.testing.assert_close(study.val[1], states, atol=2e-3, rtol=2e-3)
+
+
 def test_transformers_is_as_talkative_afterwards_as_before(data, model, capsys):
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_info()
@@ -385,6 +448,8 @@ def here(data, model, rbm, tmp_path, monkeypatch) -> Path:
         ("train captions.json --out new --variant 7", "--variant: invalid choice: 7"),
         ("train captions.json --out new --split test", "split 'test' has no images"),
         ("train captions.json --out new --min-count 99", "a word that occurs 99 times or more"),
+        ("compare captions.json --model blip --out s --groups fly", "must be among re-evaluate"),
+        ("compare captions.json --model blip --out s --split x", "split 'x' has no images"),
         ("fit captions.json --model blip --out nothing", "--out must be a file"),
         ("fit captions.json --model blip --out r --learning-rate 0", "learning_rate must be pos"),
         ("fit captions.json --model blip --out r --sigma 0", "sigma must be positive and finite"),

@@ -225,6 +225,7 @@ def test_damaged_images(tmp_path):
             data.open_image(tmp_path / name)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [400, 15_000, 40_000])
 def test_huge_images(tmp_path, monkeypatch, side):
     """A small file that says it has many pixels; 400 x 400 is too much with a lower limit."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from blip_integration.candidates import Candidates
 from blip_integration.data import load_captions
 from blip_integration.demo import DemoRow, DemoSettings, run_demo, table
 from blip_integration.recipe import load_captioner, load_fitted_rbm
+from blip_integration.scenes import check_caption, load_scenes
 
 TINY = DemoSettings(
     scenes=20, pixels=64, width=16, epochs=1, hidden=8, beams=2, shown=2, held_out=0.4
@@ -53,29 +56,46 @@ def test_everything_is_written_and_the_same_seed_gives_the_same_table(tmp_path):
     assert run_demo(tmp_path / "b", TINY, say=lambda _: None, progress=False) == rows
 
 
-def test_true_captions_have_true_claims_and_lies_have_not(tmp_path, monkeypatch):
-    """Captions taken from the references first, then captions of a scene that is not there."""
+def test_claims_are_counted_on_the_half_that_chose_nothing(tmp_path, monkeypatch):
+    """Captions of people, who only say what is true, and those of the scene before."""
+    made = {}
 
-    def true_then_lies(model, tokenizer, images, **_):
-        if isinstance(images, features.FeatureCache):
+    def people_then_wrong(model, tokenizer, images, **_):
+        if not made:
             file = next(tmp_path.glob(".a-*/scenes/captions.json"))
-            references = load_captions(file, "val").captions
-            # The first candidate is right; the re-ranker may take the other one.
-            texts = [[each[0], each[0]] for each in references]
+            made["captions"] = load_captions(file, "val").captions
+            made["scenes"] = list(load_scenes(file).values())[-len(made["captions"]) :]
+            texts = [[each[0], each[0]] for each in made["captions"]]
         else:
-            texts = [["a dog", "a cat"]] * len(images)
+            right = made["captions"][1::2]
+            texts = made["wrong"] = [[each[0], each[0]] for each in right[-1:] + right[:-1]]
         return Candidates([str(i) for i in range(len(texts))], texts, torch.zeros(len(texts), 2))
 
-    monkeypatch.setattr(demo, "beam_candidates", true_then_lies)
-    plain, adjusted, reranked = run_demo(tmp_path / "a", TINY, say=print, progress=False)
-    assert plain.correct == 1.0 and set(plain.claims.values()) == {1.0}
-    assert plain.cider > 1.0
-    assert adjusted.correct == 0.0 and adjusted.claims == {"all": 0.0} and adjusted.cider == 0.0
-    assert (reranked.correct, reranked.claims, reranked.cider) == (
-        plain.correct,
-        plain.claims,
-        plain.cider,
-    )
+    def recorded(name, argument):
+        function = getattr(demo, name)
+
+        def call(*arguments, **options):
+            made[name] = arguments[argument]
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(demo, name, call)
+
+    monkeypatch.setattr(demo, "beam_candidates", people_then_wrong)
+    recorded("candidate_ciders", 1)
+    recorded("evaluate", 1)
+    plain, adjusted, reranked = run_demo(tmp_path / "a", TINY, say=lambda _: None, progress=False)
+    assert plain.correct == 1.0 and set(plain.claims.values()) == {1.0} and plain.cider > 1.0
+    assert reranked == dataclasses.replace(plain, name=reranked.name)
+
+    pairs = zip(made["scenes"][1::2], made["wrong"], strict=True)
+    checks = [check_caption(scene, texts[0]) for scene, texts in pairs]
+    claims = [claim.true for check in checks for claim in check.claims]
+    assert adjusted.claims["all"] == sum(claims) / len(claims) < 1.0
+    assert adjusted.correct == sum(check.correct for check in checks) / 4 < 1.0
+    # What chose and what is reported are different scenes.
+    assert len(made["candidate_ciders"]) == len(made["evaluate"]) == 4
+    references = [tuple(map(tuple, made[name])) for name in ("candidate_ciders", "evaluate")]
+    assert not set(references[0]) & set(references[1])
 
 
 def test_a_table_has_a_column_for_each_kind_that_was_claimed():

@@ -449,6 +449,17 @@ def test_what_is_frozen_does_not_move(freeze: str) -> None:
     assert model.text_decoder.training and not model.vision_model.training
 
 
+def test_what_is_frozen_has_no_dropout(tmp_path: Path) -> None:
+    losses = {}
+    for freeze in ("all", "vision"):
+        for dropout in (0.0, 0.5):
+            folder = tmp_path / f"{freeze}{dropout}"
+            run(captioner(hidden_dropout_prob=dropout), folder=folder, freeze=freeze, epochs=1)
+            losses[freeze, dropout] = [record["lm"] for record in log_of(folder)]
+    assert losses["all", 0.5] == losses["all", 0.0]
+    assert losses["vision", 0.5] != losses["vision", 0.0]
+
+
 def test_learning_rates_rise_and_fall_and_each_part_has_its_own(tmp_path: Path) -> None:
     run(
         captioner(), folder=tmp_path, freeze="vision", epochs=3, warmup=0.25, patience=None,
@@ -518,7 +529,7 @@ class Interrupting(Dataset):
 
 
 RESUMABLE: dict[str, Any] = {
-    "freeze": "none", "epochs": 2, "batch": 4, "accumulate": 2, "checkpoint_every": 1,
+    "freeze": "none", "epochs": 2, "batch": 4, "accumulate": 2, "checkpoint_every": 2,
     "blip_learning_rate": 1e-3,
 }  # fmt: skip
 
@@ -540,7 +551,7 @@ def uninterrupted(
 def test_a_resumed_run_is_the_same_to_the_last_bit(
     reads: int, uninterrupted: Any, tmp_path: Path
 ) -> None:
-    """Interrupted in the first update, within the first epoch, and within the second."""
+    """Interrupted in the first update, in the first epoch, and an update after a checkpoint."""
     whole, expected, log = uninterrupted
     with pytest.raises(Interrupted):
         run(with_dropout(), folder=tmp_path, train=Interrupting(data(), reads), **RESUMABLE)
@@ -559,6 +570,16 @@ def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
     history = run(model, folder=tmp_path, epochs=1).history
     assert run(again, folder=tmp_path, epochs=1, resume=True).history == history
     assert moved(state(model), state(again)) == set()
+
+
+def test_the_best_weights_outlive_an_interruption(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"freeze": "none", "blip_learning_rate": 5.0, "warmup": 0}
+    with pytest.raises(Interrupted):
+        run(captioner(), folder=tmp_path, train=Interrupting(data(), 30), **settings)
+    model = captioner()
+    before = state(model)
+    assert run(model, folder=tmp_path, resume=True, **settings).best_epoch == 0
+    assert moved(before, state(model)) == set()
 
 
 def test_sampling_residuals_resume_their_draws(tmp_path: Path) -> None:
