@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .adjust import with_rbm
 from .data import WORD, normalise_caption
 from .features import (
     LITE_CHANNELS,
@@ -121,6 +122,9 @@ class LiteBlipForConditionalGeneration(BlipForConditionalGeneration):
 
 AutoConfig.register(LiteBlipConfig.model_type, LiteBlipConfig)
 AutoModelForImageTextToText.register(LiteBlipConfig, LiteBlipForConditionalGeneration)
+
+# Such captioners with an RBM, so that their folders load wherever this module was imported.
+RBMLiteBlipForConditionalGeneration = with_rbm(LiteBlipForConditionalGeneration)
 
 
 def lite_vision_model(
