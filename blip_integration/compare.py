@@ -33,17 +33,8 @@ from .data import open_image
 from .features import FeatureCache
 from .joint import JointSettings, train_joint
 from .joint_objective import CaptionPairs
-from .matching import JointRBM, MatchMLP, PairModel, TwoTower, Vocabulary
 from .metrics import cider_scores, evaluate, paired_bootstrap
-from .pair_training import (
-    CaptionBags,
-    PairTraining,
-    RatedCandidates,
-    fit_cd,
-    fit_contrastive,
-    fit_matching,
-    fit_to_quality,
-)
+from .pair_training import CaptionBags, PairTraining, RatedCandidates, fit_to_quality
 from .pictures import CaptionedPicture, caption_page
 from .reconstructors import GatedResidual, RBMReconstructor
 from .rerank import (
@@ -332,11 +323,10 @@ def adjustments(study: Study, seed: int) -> dict[str, Callable[[], fitting.Fitte
     The RBM, the denoising autoencoder and the linear adapter have as many weights. Those that no
     seed changes are there for the first seed alone.
     """
-    stream = fitting.TokenStream(study.train)
+    # Made at first use, and once: runs that are kept need neither.
+    stream = _once(lambda: fitting.TokenStream(study.train))
     schedule = fitting.Schedule(seed=seed)
-
-    def rbm(**options: Any) -> fitting.Fitted:
-        return fitting.fit_rbm(stream, HIDDEN, schedule, **options)
+    rbm = _once(lambda: fitting.fit_rbm(stream(), HIDDEN, schedule))
 
     def gibbs() -> fitting.Fitted:
         fitted = rbm()
@@ -344,19 +334,19 @@ def adjustments(study: Study, seed: int) -> dict[str, Callable[[], fitting.Fitte
         return replace(fitted, reconstructor=sampler)
 
     ways: dict[str, Callable[[], fitting.Fitted]] = {
-        "random RBM": lambda: controls.fit_random_rbm(stream, rbm().reconstructor.rbm, seed=seed),
-        "linear adapter": lambda: controls.fit_linear_adapter(stream, HIDDEN // 2, schedule),
+        "random RBM": lambda: controls.fit_random_rbm(stream(), rbm().reconstructor.rbm, seed=seed),
+        "linear adapter": lambda: controls.fit_linear_adapter(stream(), HIDDEN // 2, schedule),
         "denoising autoencoder": lambda: controls.fit_denoising_autoencoder(
-            stream, HIDDEN, schedule
+            stream(), HIDDEN, schedule
         ),
         "RBM": rbm,
-        "RBM, sigma learned": lambda: rbm(learn_sigma=True),
+        "RBM, sigma learned": lambda: fitting.fit_rbm(stream(), HIDDEN, schedule, learn_sigma=True),
         "RBM, Gibbs": gibbs,
     }
     if seed == study.seeds[0]:
         ways |= {
-            "shrink to mean": lambda: controls.fit_shrink_to_mean(stream),
-            "PCA": lambda: controls.fit_pca(stream, COMPONENTS),
+            "shrink to mean": lambda: controls.fit_shrink_to_mean(stream()),
+            "PCA": lambda: controls.fit_pca(stream(), COMPONENTS),
         }
     return ways
 
@@ -459,58 +449,39 @@ def reranking_runs(study: Study) -> Iterator[Run]:
     quality = candidate_ciders(train_lists.texts, study.train_captions[:rated])
     features = pair_features(study.train)
     val_features = pair_features(study.val)
-    vocabulary = Vocabulary.from_captions(
-        (text for texts in study.train_captions for text in texts), WORDS
-    )
-    pairs = CaptionBags.encode(features, study.train_captions, vocabulary)
 
-    def trained(model: PairModel, seed: int, fit: Callable[..., Any]) -> Any:
-        torch.manual_seed(seed)
-        own, held_out = pairs.split(0.1, seed)
-        model.initialize_from_data(own.features, own.words)
-        fit(model, own, held_out, PairTraining(seed=seed))
-        return model.eval()
+    def fitted(kind: type[PairReranker], seed: int, objective: str | None = None) -> Any:
+        return kind.fit(
+            features, study.train_captions, n_words=WORDS, n_hidden=PAIR_HIDDEN,
+            objective=objective, training=PairTraining(seed=seed),
+        )  # fmt: skip
 
-    def to_quality(model: PairModel, seed: int) -> Any:
+    def to_quality(ranker: PairReranker, seed: int) -> PairReranker:
+        ranker, words = copy.deepcopy(ranker), ranker.vocabulary
         order = torch.randperm(rated, generator=torch.Generator().manual_seed(seed))
         own_lists, held_out_lists = (
             RatedCandidates.encode(
-                features[rows], [train_lists.texts[i] for i in rows.tolist()], quality[rows],
-                vocabulary,
+                features[rows], [train_lists.texts[i] for i in rows.tolist()], quality[rows], words
             )
             for rows in (order[rated // 10 :], order[: rated // 10])
-        )  # fmt: skip
-        own, _ = pairs.split(0.1, seed)
-        fit_to_quality(model, own_lists, held_out_lists, PairTraining(seed=seed), pairs=own)
-        return model.eval()
-
-    width = features.shape[1]
-
-    def rbm() -> JointRBM:
-        return JointRBM(width, len(vocabulary), PAIR_HIDDEN)
-
-    def tower() -> TwoTower:
-        return TwoTower(width, len(vocabulary), PAIR_HIDDEN)
-
-    def mlp() -> MatchMLP:
-        return MatchMLP(width, len(vocabulary), PAIR_HIDDEN)
+        )
+        bags, _ = CaptionBags.encode(features, study.train_captions, words).split(0.1, seed)
+        training = PairTraining(seed=seed)
+        fit_to_quality(ranker.model, own_lists, held_out_lists, training, pairs=bags)
+        return ranker
 
     def rankers(seed: int) -> dict[str, Callable[[], PairReranker]]:
-        cd = _once(lambda: trained(rbm(), seed, fit_cd))
-        contrastive = _once(lambda: trained(rbm(), seed, fit_contrastive))
-        itc = _once(lambda: trained(tower(), seed, fit_contrastive))
+        cd = _once(lambda: fitted(RBMReranker, seed, "cd"))
+        contrastive = _once(lambda: fitted(RBMReranker, seed))
+        itc = _once(lambda: fitted(ITCReranker, seed))
         return {
-            "RBM free energy (CD)": lambda: RBMReranker(cd(), vocabulary, "joint"),
-            "RBM PMI (CD)": lambda: RBMReranker(cd(), vocabulary),
-            "RBM PMI (contrastive)": lambda: RBMReranker(contrastive(), vocabulary),
-            "RBM PMI (fitted to CIDEr)": lambda: RBMReranker(
-                to_quality(copy.deepcopy(contrastive()), seed), vocabulary
-            ),
-            "ITC": lambda: ITCReranker(itc(), vocabulary),
-            "ITC (fitted to CIDEr)": lambda: ITCReranker(
-                to_quality(copy.deepcopy(itc()), seed), vocabulary
-            ),
-            "ITM": lambda: ITMReranker(trained(mlp(), seed, fit_matching), vocabulary),
+            "RBM free energy (CD)": lambda: RBMReranker(cd().model, cd().vocabulary, "joint"),
+            "RBM PMI (CD)": cd,
+            "RBM PMI (contrastive)": contrastive,
+            "RBM PMI (fitted to CIDEr)": lambda: to_quality(contrastive(), seed),
+            "ITC": itc,
+            "ITC (fitted to CIDEr)": lambda: to_quality(itc(), seed),
+            "ITM": lambda: fitted(ITMReranker, seed),
         }
 
     def run(title: str, seed: int, make: Callable[[], PairReranker]) -> Run:
@@ -557,7 +528,7 @@ def _together(study: Study, title: str, seed: int, lists: Candidates, runs: Sequ
 
 
 def _once(make: Callable[[], Any]) -> Callable[[], Any]:
-    """The same model at every call, made at the first."""
+    """The same result at every call, made at the first."""
     return lru_cache(maxsize=1)(make)
 
 
@@ -688,10 +659,8 @@ def changes_page(study: Study, name: str, images: Sequence[Path], count: int = 1
         )
         for i in shown
     ]
-    metrics = {
-        metric: (value, evaluate(own.captions, study.val_captions, meteor=False)[metric])
-        for metric, value in evaluate(first.captions, study.val_captions, meteor=False).items()
-    }
+    scored = [evaluate(r.captions, study.val_captions, meteor=False) for r in (first, own)]
+    metrics = {name: (value, scored[1][name]) for name, value in scored[0].items()}
     note = (
         f"{len(changed)} of {len(images)} captions changed; the {len(shown)} shown are those that "
         "gained most and those that lost most."
