@@ -83,6 +83,7 @@ def beam_candidates(
     n: int = 1,
     min_length: int = 5,
     max_length: int = 20,
+    prompt: str = "",
     batch_size: int = 50,
     progress: bool = True,
     **generate: Any,
@@ -96,8 +97,10 @@ def beam_candidates(
         ids: Names of the images; the cache's own, or their numbers, by default.
         beams: Width of the search.
         n: Captions to keep, 1 to ``beams``.
-        min_length: Tokens of a caption at least, the start and the end counted.
-        max_length: Tokens at most.
+        min_length: Tokens of a caption at least, the start, the prompt and the end counted.
+        max_length: Tokens at most, counted likewise.
+        prompt: Words that the captioner goes on from, such as BLIP's "a picture of"; they are not
+            part of the captions.
         batch_size: Images at a time.
         progress: Show a progress bar.
         **generate: Other keywords of ``generate``.
@@ -106,7 +109,7 @@ def beam_candidates(
         The candidates.
 
     Raises:
-        ValueError: n outside of 1..beams.
+        ValueError: n outside of 1..beams; a prompt that leaves no room for a caption.
     """
     if not 1 <= n <= beams:
         raise ValueError(f"beam_candidates: n must lie in 1..beams = 1..{beams}, got {n}")
@@ -115,6 +118,12 @@ def beam_candidates(
             ids = pixel_values.ids
         else:
             ids = [str(i) for i in range(len(pixel_values))]
+    start = _start(model, tokenizer, prompt)
+    if len(start) >= max_length:
+        raise ValueError(
+            f"beam_candidates: max_length must be above the {len(start)} tokens of the prompt "
+            f"{prompt!r} and the start, got {max_length}"
+        )
     texts: list[list[str]] = []
     scores: list[Tensor] = []
     model.eval()
@@ -122,8 +131,12 @@ def beam_candidates(
         range(0, len(ids), batch_size), desc="captions", unit="batch", disable=not progress
     ):
         images = pixel_values[first : first + batch_size].to(model.device, model.dtype)
+        # generate puts its own first token in place of the first and leaves out the last, the end.
+        ids_in = torch.cat([start, start[-1:]]).repeat(len(images), 1).to(model.device)
         output = model.generate(
             images,
+            input_ids=ids_in,
+            attention_mask=torch.ones_like(ids_in),
             num_beams=beams,
             num_return_sequences=n,
             min_length=min_length,
@@ -132,7 +145,9 @@ def beam_candidates(
             output_scores=True,
             **generate,
         )
-        decoded = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
+        decoded = tokenizer.batch_decode(
+            output.sequences[:, len(start) :], skip_special_tokens=True
+        )
         count = len(images)
         texts += [decoded[i * n : (i + 1) * n] for i in range(count)]
         if beams > 1:
@@ -140,6 +155,14 @@ def beam_candidates(
         else:
             scores.append(_greedy_scores(model, output).view(count, n).cpu())
     return Candidates(list(ids), texts, torch.cat(scores))
+
+
+def _start(
+    model: BlipForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, prompt: str
+) -> Tensor:
+    """The tokens that captions start with, int64 [T]: the first and the prompt's."""
+    words = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    return torch.tensor([model.config.text_config.bos_token_id, *words])
 
 
 def _greedy_scores(model: BlipForConditionalGeneration, output: Any) -> Tensor:

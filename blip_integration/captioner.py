@@ -322,7 +322,7 @@ def train_captioner(
         model: From :func:`lite_blip`; changed in place.
         tokenizer: Its tokenizer.
         features: Caches of the same images in the same order, e.g. as they are and mirrored; each
-            caption is shown with one of them at random.
+            update is shown one of them at random.
         captions: Those of each image.
         settings: See :class:`CaptionerSettings`.
         on_epoch: Called with the epoch (from 1) and its mean training loss, in nats a token.

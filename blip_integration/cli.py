@@ -137,6 +137,12 @@ def _add_decoding(parser: Any) -> None:
     )
     parser.add_argument("--min-length", type=_positive, default=5, help="tokens at least")
     parser.add_argument("--max-length", type=_positive, default=20, help="tokens at most")
+    parser.add_argument(
+        "--length-penalty", type=float, default=1.0, help="of beams; below 1 prefers short captions"
+    )
+    parser.add_argument(
+        "--prompt", default="", help='words to go on from; real BLIP likes "a picture of"'
+    )
     parser.add_argument("--batch", type=_positive, default=32, help="images at a time")
 
 
@@ -168,7 +174,8 @@ def _add_train(commands: Any) -> None:
     add("--heads", type=_positive, default=4, help="of its attentions")
     add("--dropout", type=float, default=0.3, help="in the decoder, 0 to 1")
     add("--min-count", type=_positive, default=5, help="rarer words become unknown")
-    add("--no-mirror", action="store_true", help="do not show images mirrored as well")
+    add("--views", type=_positive, default=4,
+        help="of each image: as it is, mirrored, and then pieces of these two")  # fmt: skip
     add("--epochs", type=_positive, default=10, help="passes over all captions")
     add("--batch", type=_positive, default=128, help="captions per update")
     add("--learning-rate", type=float, default=1e-3, help="after its rise, before its fall")
@@ -338,19 +345,17 @@ def _train(arguments: argparse.Namespace) -> int:
         progress=_progress(),
     ).to(device)
 
-    def features_of(images: CaptionedImages, name: str, mirrored: bool = False) -> FeatureCache:
+    def features_of(images: CaptionedImages, split: str, view: int = 0) -> FeatureCache:
         return cached_features(
             vision_model,
             images.paths,
             processor,
-            cache / name,
-            mirrored=mirrored,
+            cache / (f"{split}-view{view}" if view else split),
+            view=view,
             progress=_progress(),
         )
 
-    features = [features_of(data, arguments.split)]
-    if not arguments.no_mirror:
-        features.append(features_of(data, f"{arguments.split}-mirrored", mirrored=True))
+    features = [features_of(data, arguments.split, view) for view in range(arguments.views)]
     held_out = features_of(validation, arguments.validation) if validation else None
     print(f"features in {cache}: {_seconds(started)}")
 
@@ -582,6 +587,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             "beams": arguments.beams,
             "min_length": arguments.min_length,
             "max_length": arguments.max_length,
+            "length_penalty": arguments.length_penalty,
+            "prompt": arguments.prompt,
             "tokeniser": arguments.tokeniser,
             "scores": scores,
             "captions": [
@@ -695,7 +702,10 @@ def _captions(
         beams=arguments.beams,
         min_length=arguments.min_length,
         max_length=arguments.max_length,
+        prompt=arguments.prompt,
         progress=False,
+        # Greedy search has no use for it, and says so.
+        **({"length_penalty": arguments.length_penalty} if arguments.beams > 1 else {}),
     ).best
 
 

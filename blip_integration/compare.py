@@ -354,18 +354,43 @@ def adjustments(study: Study, seed: int) -> dict[str, Callable[[], fitting.Fitte
 def adjustment_runs(study: Study) -> Iterator[Run]:
     """The strategies that change the features, one run after another."""
     for seed in study.seeds:
-        for name, fit in adjustments(study, seed).items():
+        ways = {name: partial(_alike, fit) for name, fit in adjustments(study, seed).items()}
+        ways["RBM, CLS apart"] = partial(_apart, study, seed)
+        for name, way in ways.items():
             title = f"adjust: {name}"
-            yield remembered(study, title, seed, partial(_adjustment, study, title, seed, fit))
+            yield remembered(study, title, seed, partial(_adjustment, study, title, seed, way))
 
 
-def _adjustment(study: Study, name: str, seed: int, fit: Callable[[], fitting.Fitted]) -> Run:
+def _alike(fit: Callable[[], fitting.Fitted]) -> GatedResidual:
+    """One reconstructor for all tokens."""
     fitted = fit()
-    parameters = sum(p.numel() for p in fitted.reconstructor.parameters())
+    return GatedResidual(fitted.reconstructor, fitted.mean, fitted.scale)
+
+
+def _apart(study: Study, seed: int) -> GatedResidual:
+    """An RBM of the first token and one of the others."""
+    schedule = fitting.Schedule(seed=seed)
+    cls, patches = (
+        fitting.fit_rbm(fitting.TokenStream(study.train, tokens), HIDDEN, schedule)
+        for tokens in ("cls", "patches")
+    )
+    return GatedResidual(
+        patches.reconstructor,
+        torch.stack([cls.mean, patches.mean]),
+        torch.stack([cls.scale, patches.scale]),
+        cls="apart",
+        cls_reconstructor=cls.reconstructor,
+    )
+
+
+def _adjustment(study: Study, name: str, seed: int, way: Callable[[], GatedResidual]) -> Run:
+    residual = way().eval()
+    parameters = sum(p.numel() for key, p in residual.named_parameters() if key != "gate")
 
     def residual_at(value: float) -> nn.Module:
-        gate = math.atanh(min(value, 1 - 1e-7))
-        return GatedResidual(fitted.reconstructor, fitted.mean, fitted.scale, gate).eval()
+        with torch.no_grad():
+            residual.gate.fill_(math.atanh(min(value, 1 - 1e-7)))
+        return residual
 
     return adjusted(study, name, seed, residual_at, parameters)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -39,22 +40,33 @@ COMPONENT_IMAGES = 600
 
 
 def image_loader(
-    processor: BlipProcessor, mirrored: bool = False
+    processor: BlipProcessor, view: int = 0
 ) -> Callable[[str | os.PathLike[str]], Tensor]:
     """A function from an image file to a captioner's ``pixel_values`` [3, S, S] of it.
 
     Args:
         processor: The captioner's.
-        mirrored: Exchange left and right.
+        view: 0 is the image as it is, 1 with left and right exchanged; 2, 3, ... are pieces of
+            these two by turns, of three quarters to all of each side, which the file's name and
+            the number of the view settle.
     """
 
     def load(path: str | os.PathLike[str]) -> Tensor:
         image = open_image(path)
-        if mirrored:
+        if view % 2:
             image = ImageOps.mirror(image)
+        if view >= 2:
+            image = _piece(image, random.Random(f"{Path(path).name} {view}"))
         return processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
     return load
+
+
+def _piece(image: Image.Image, draw: random.Random) -> Image.Image:
+    """Three quarters to all of each side, somewhere in the image."""
+    width, height = (max(1, round(side * draw.uniform(0.75, 1))) for side in image.size)
+    left, top = draw.randint(0, image.width - width), draw.randint(0, image.height - height)
+    return image.crop((left, top, left + width, top + height))
 
 
 def cached_vision_model(
@@ -96,7 +108,7 @@ def cached_features(
     processor: BlipProcessor,
     folder: str | os.PathLike[str],
     *,
-    mirrored: bool = False,
+    view: int = 0,
     progress: bool = True,
 ) -> FeatureCache:
     """The ``last_hidden_state`` [N, L, D] of images, computed once and kept in a folder.
@@ -107,15 +119,15 @@ def cached_features(
         processor: The captioner's.
         folder: See :func:`.features.extract`; the cache in it serves again where the vision model
             and the images (names, sizes, times of change) are the same.
-        mirrored: Of the images with left and right exchanged.
+        view: Of the images, see :func:`image_loader`.
         progress: Show a progress bar.
     """
     return extract(
         lambda pixels: vision_model(pixels.to(vision_model.device)).last_hidden_state,
-        image_loader(processor, mirrored),
+        image_loader(processor, view),
         [str(path) for path in images],
         folder,
-        fingerprint=_digest(fingerprint(vision_model), mirrored, _stamps(images)),
+        fingerprint=_digest(fingerprint(vision_model), view, _stamps(images)),
         progress=progress,
     )
 

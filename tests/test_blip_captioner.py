@@ -363,6 +363,37 @@ def test_lengths_of_candidates(trained, tokenizer):
             assert low <= len(text.split()) + 2 and len(text.split()) + 1 <= high
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_captions_go_on_from_a_prompt(trained, tokenizer, beams):
+    model, _ = trained
+    x = features_saying(torch.arange(4), seed=4)
+    ids = tokenizer(["two dogs"] * 4, return_tensors="pt")["input_ids"]
+    whole = model.generate(
+        x, input_ids=ids, num_beams=beams, min_length=5, max_length=20, do_sample=False
+    )
+    said = tokenizer.batch_decode(whole, skip_special_tokens=True)
+    assert all(text.startswith("two dogs ") for text in said)
+    lists = beam_candidates(model, tokenizer, x, beams=beams, prompt="two dogs", progress=False)
+    assert lists.best == [text.removeprefix("two dogs ") for text in said]
+    for i, text in enumerate(lists.best):
+        # Two words of the prompt are given, and count neither in the sum nor in the length.
+        tokens = tokenizer(f"two dogs {text}", return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            logits = model.text_decoder(
+                input_ids=tokens, encoder_hidden_states=model.vision_model(x[[i]])[0]
+            ).logits
+        log_p = logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[2:]
+        # generate() forbids [UNK], so its log-probabilities are a little larger.
+        assert lists.scores[i, 0].item() == pytest.approx(log_p.mean().item(), abs=2e-2), text
+
+
+def test_a_prompt_must_leave_room(model, tokenizer):
+    with pytest.raises(ValueError, match=r"max_length must be above the 3 tokens .* got 3"):
+        beam_candidates(
+            model, tokenizer, gaussian(1, POSITIONS, WIDTH), prompt="a dog", max_length=3
+        )
+
+
 def test_candidates_of_a_cache_have_its_names(trained, tokenizer, tmp_path):
     model, _ = trained
     x = features_saying(torch.arange(3)).half().float()

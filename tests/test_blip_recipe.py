@@ -41,21 +41,51 @@ def pictures(tmp_path):
 
 def test_images_are_loaded_as_the_processor_makes_them(pictures):
     _, processor = blip_models.tiny_blip()
-    for mirrored in (False, True):
-        got = image_loader(processor, mirrored)(pictures[0])
+    for view in (0, 1):
+        got = image_loader(processor, view)(pictures[0])
         image = open_image(pictures[0])
-        image = ImageOps.mirror(image) if mirrored else image
+        image = ImageOps.mirror(image) if view else image
         wanted = processor(images=image, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(got, wanted)
+
+
+def test_further_views_are_pieces_of_the_image_and_of_its_mirror_image(tmp_path):
+    """Red grows to the right and green downwards, so that a corner's colours tell where it was."""
+    _, processor = blip_models.tiny_blip()
+    side = 200
+    ramp = Image.linear_gradient("L").resize((side, side))  # grows downwards
+    picture = Image.merge("RGB", (ramp.rotate(90), ramp, Image.new("L", (side, side))))
+    paths = [tmp_path / f"{i}.png" for i in range(20)]
+    for path in paths:
+        picture.save(path)
+    mean, std = (
+        torch.tensor(getattr(processor.image_processor, name))[:, None, None]
+        for name in ("image_mean", "image_std")
+    )
+    spans = []
+    for view in (2, 3):
+        load = image_loader(processor, view)
+        for path in paths:
+            pixels = load(path) * std + mean
+            assert torch.equal(load(path), image_loader(processor, view)(path))
+            across, down = pixels[0].mean(0), pixels[1].mean(1)
+            rises = across[-1] - across[0]
+            assert (rises > 0) == (view == 2)
+            spans.append([rises.abs().item(), (down[-1] - down[0]).item()])
+            assert pixels.min() >= -0.01 and pixels[:2].max() <= 1.01
+    spans = torch.tensor(spans)
+    # The resized piece's first and last pixels are means over some of its own.
+    assert spans.min() > 0.65 and spans.max() <= 1 and spans.std(0).min() > 0.03
+    assert len(spans.unique(dim=0)) > 30  # each image, and each view, its own piece
 
 
 def test_features_are_those_of_the_vision_model_and_are_kept(pictures, tmp_path, monkeypatch):
     model, processor = blip_models.tiny_blip()
     folder = tmp_path / "cache"
 
-    def compute(mirrored=False):
+    def compute(view=0):
         return cached_features(
-            model.vision_model, pictures, processor, folder, mirrored=mirrored, progress=False
+            model.vision_model, pictures, processor, folder, view=view, progress=False
         )
 
     pixels = torch.stack([image_loader(processor)(path) for path in pictures])
@@ -69,7 +99,7 @@ def test_features_are_those_of_the_vision_model_and_are_kept(pictures, tmp_path,
         type(model.vision_model), "forward", lambda *a, **k: calls.append(1) or forward(*a, **k)
     )
     assert len(compute()) == 5 and not calls
-    compute(mirrored=True)
+    compute(view=1)
     assert len(calls) == 1
     compute()
     assert len(calls) == 2
