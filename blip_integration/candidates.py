@@ -102,7 +102,7 @@ def beam_candidates(
         prompt: Words that the captioner goes on from, such as BLIP's "a picture of"; they are not
             part of the captions.
         batch_size: Images at a time.
-        progress: Show a progress bar.
+        progress: Show a progress bar, where there is a terminal.
         **generate: Other keywords of ``generate``.
 
     Returns:
@@ -128,7 +128,10 @@ def beam_candidates(
     scores: list[Tensor] = []
     model.eval()
     for first in tqdm(
-        range(0, len(ids), batch_size), desc="captions", unit="batch", disable=not progress
+        range(0, len(ids), batch_size),
+        desc="captions",
+        unit="batch",
+        disable=None if progress else True,
     ):
         images = pixel_values[first : first + batch_size].to(model.device, model.dtype)
         # generate puts its own first token in place of the first and leaves out the last, the end.

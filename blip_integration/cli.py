@@ -273,6 +273,7 @@ def _add_compare(commands: Any) -> None:
         help="of strategies: re-evaluate, adjust, train")  # fmt: skip
     add("--seeds", type=_positive, default=3, help="how many")
     add("--beams", type=_positive, default=5, help="of the search, and candidates of an image")
+    add("--length-penalty", type=float, default=1.0, help="of the search")
     add("--loss-captions", type=_positive, default=2, help="of each image, to choose gates by")
     add("--rated-images", type=_positive, default=2000, help="whose candidates CIDEr is fitted on")
     _add_device(parser)
@@ -600,8 +601,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# What the command compare writes, besides the runs.
+_COMPARED = ("table.md", "table.json", "differences.png", "changes.html")
+
+
 def _compare(arguments: argparse.Namespace) -> int:
+    from rbm_kernels import plots
+
     from .compare import GROUPS, Run, Study, changes_page, compare, markdown
+    from .pictures import difference_chart
     from .recipe import cached_features, load_captioner
 
     unknown = [group for group in arguments.groups if group not in GROUPS]
@@ -630,6 +638,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         out,
         seeds=tuple(range(arguments.seeds)),
         beams=arguments.beams,
+        length_penalty=arguments.length_penalty,
         loss_captions=arguments.loss_captions,
         rated_images=arguments.rated_images,
     )
@@ -644,10 +653,21 @@ def _compare(arguments: argparse.Namespace) -> int:
     rows = {group: [asdict(row) for row in rows] for group, rows in table.items()}
     (out / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     best = next(row.name for row in table["re-evaluate"] if row.name.startswith("rerank: RBM"))
-    page = out / "changes.html"
-    page.write_text(changes_page(study, best, held_out.paths), encoding="utf-8")
+    page = changes_page(study, best, held_out.paths)
+    (out / "changes.html").write_text(page, encoding="utf-8")
+    # The oracle, who is told what people wrote, is as far away as the others are near each other.
+    shown = {
+        group: {
+            each.name.partition(": ")[2] or each.name: each.difference
+            for each in rows
+            if each.difference is not None and each.name != "oracle"
+        }
+        for group, rows in table.items()
+    }
+    chart = difference_chart(shown, "CIDEr points over the captioner's own choice, 95% intervals")
+    plots.save(chart, out / "differences.png")
     print(text)
-    print(f"{_seconds(started)}; written: {out / 'table.md'}, {out / 'table.json'}, {page}")
+    print(f"{_seconds(started)}; written in {out}: {', '.join(_COMPARED)}")
     return 0
 
 

@@ -10,6 +10,7 @@ Each run of a strategy is kept in a file, so that an interrupted comparison goes
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import time
@@ -30,7 +31,7 @@ from .adjust import apply_rbm_to_blip
 from .candidates import Candidates, beam_candidates
 from .captioner import LiteVisionModel, caption_losses
 from .data import open_image
-from .features import FeatureCache
+from .features import FeatureCache, fingerprint
 from .joint import JointSettings, train_joint
 from .joint_objective import CaptionPairs
 from .metrics import cider_scores, evaluate, paired_bootstrap
@@ -48,6 +49,7 @@ from .rerank import (
 )
 
 GATES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # values of tanh(gate)
+LEARNED_SHARES = (0.0, 0.25, 0.5, 1.0)  # of a value of tanh(gate) that was learned
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Study:
         folder: Where runs are kept.
         seeds: Of everything that is trained or drawn.
         beams: Of the beam search, and length of the n-best lists.
+        length_penalty: Of the beam search.
         loss_captions: How many captions of each image the losses that choose a gate are taken over.
         rated_images: Training images whose candidates show a re-ranker what CIDEr likes.
         joint_epochs: Passes over one caption of each training image, for what learns through the
@@ -79,6 +82,7 @@ class Study:
     folder: Path
     seeds: tuple[int, ...] = (0, 1, 2)
     beams: int = 5
+    length_penalty: float = 1.0
     loss_captions: int = 5
     rated_images: int = 2000
     joint_epochs: int = 2
@@ -87,6 +91,44 @@ class Study:
         """The rows of the held-out images' two halves: every other image."""
         rows = torch.arange(len(self.val))
         return rows[::2], rows[1::2]
+
+    def decoding(self) -> dict[str, Any]:
+        """Keywords of :func:`.candidates.beam_candidates`."""
+        options: dict[str, Any] = {"beams": self.beams}
+        if self.beams > 1:  # Greedy search has no use for it, and says so.
+            options["length_penalty"] = self.length_penalty
+        return options
+
+    def claim_folder(self) -> None:
+        """Note in the folder what its runs depend on, seeds apart.
+
+        Raises:
+            ValueError: The folder has runs of another study.
+        """
+        own = {
+            "model": fingerprint(self.model),
+            "train": _digest(self.train.ids, self.train_captions),
+            "val": _digest(self.val.ids, self.val_captions),
+            **{name: getattr(self, name) for name in _KEPT_SETTINGS},
+        }
+        path = self.folder / "study.json"
+        kept = json.loads(path.read_text()) if path.is_file() else own
+        for name, value in own.items():
+            if kept.get(name) != value:
+                raise ValueError(
+                    f"Study: folder must be new, or of a study with the same {name}: "
+                    f"{self.folder} has runs with {kept.get(name)!r}, got {value!r}"
+                )
+        if not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(own, indent=1) + "\n")
+
+
+_KEPT_SETTINGS = ("beams", "length_penalty", "loss_captions", "rated_images", "joint_epochs")
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -174,7 +216,7 @@ def n_best(study: Study, features: FeatureCache | Tensor, name: str) -> Candidat
     if not path.is_file():
         with decoding(study.model) as model:
             lists = beam_candidates(
-                model, study.tokenizer, features, beams=study.beams, n=study.beams
+                model, study.tokenizer, features, n=study.beams, **study.decoding()
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         lists.save(path)
@@ -185,7 +227,7 @@ def captions_of(study: Study, adjust: nn.Module | None, rows: Tensor) -> list[st
     """Captions of some held-out images by the adjusted captioner."""
     with decoding(study.model, adjust) as model:
         return beam_candidates(
-            model, study.tokenizer, study.val[rows], beams=study.beams, progress=False
+            model, study.tokenizer, study.val[rows], progress=False, **study.decoding()
         ).best
 
 
@@ -399,7 +441,8 @@ def joint_runs(study: Study) -> Iterator[Run]:
     """The strategies that learn from captions, through the decoder, as long as each other.
 
     The gates start at a share of 0.1 and are learned. Which epoch is kept is decided by the loss of
-    training images that no update sees.
+    training images that no update of this training sees, though the captioner has; how much of the
+    learned gate is used, by one half of the held-out images for the other.
     """
     if not isinstance(study.model.vision_model, LiteVisionModel):
         return  # cached features do not pass through other vision models
@@ -447,13 +490,21 @@ def _joint(
     result = train_joint(model, study.tokenizer, learned, deciding, settings, progress=False)
     residual = getattr(model.eval().vision_model, "rbm", None)
     changed = replace(study, model=model)
-    losses = image_losses(changed, residual)
-    everyone = torch.arange(len(study.val))
-    chosen: dict[str, Any] = {"best_epoch": result.best_epoch}
-    if residual is not None:
-        chosen["gate"] = residual.gate.tanh().item()
-    captions_now = captions_of(changed, residual, everyone)
-    return Run(title, seed, captions_now, mean_loss(losses), chosen, parameters)
+    found: dict[str, Any] = {"best_epoch": result.best_epoch}
+    if residual is None:
+        everyone = torch.arange(len(study.val))
+        loss = mean_loss(image_losses(changed))
+        return Run(title, seed, captions_of(changed, None, everyone), loss, found)
+    found["gate"] = residual.gate.tanh().item()
+
+    def residual_at(share: float) -> nn.Module:
+        with torch.no_grad():
+            residual.gate.fill_(math.atanh(share * found["gate"]))
+        return residual
+
+    run = adjusted(changed, title, seed, residual_at, parameters, LEARNED_SHARES)
+    run.settings |= found
+    return run
 
 
 # Re-rankers: models of pairs of an image and a caption, each with about as many weights.
@@ -516,7 +567,11 @@ def reranking_runs(study: Study) -> Iterator[Run]:
         return reranked(study, title, seed, lists, scores, parameters)
 
     own_quality = candidate_ciders(lists.texts, study.val_captions)
-    yield remembered(study, "top-1", 0, lambda: Run("top-1", 0, lists.best))
+
+    def first() -> Run:
+        return Run("top-1", 0, lists.best, mean_loss(image_losses(study)))
+
+    yield remembered(study, "top-1", 0, first)
     best = own_quality.argmax(1)
     yield remembered(study, "oracle", 0, lambda: Run("oracle", 0, lists.chosen(best)))
     for seed in study.seeds:
@@ -577,11 +632,12 @@ def compare(
         Rows by group, each group in the order of CIDEr.
 
     Raises:
-        ValueError: An unknown group.
+        ValueError: An unknown group; a folder that has runs of another study.
     """
     unknown = [group for group in groups if group not in GROUPS]
     if unknown:
         raise ValueError(f"compare: groups must be among {tuple(GROUPS)}, got {unknown}")
+    study.claim_folder()
     table: dict[str, list[Row]] = {}
     reference: list[Run] = []
     for group, source in GROUPS.items():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from .attend_training import History
 
-_INK, _BLUE, _RED = "#1d2330", "#3056c4", "#c2512f"
+_INK, _BLUE, _RED, _GREY = "#1d2330", "#3056c4", "#c2512f", "#8b93a3"
 # What is left of the light where a word did not look.
 _DIM = 0.22
 _JPEG_SIDE, _JPEG_QUALITY = 448, 82
@@ -140,6 +140,43 @@ def training_curves(history: History) -> Figure:
         axes.title.set_size(10)
         axes.grid(alpha=0.25, lw=0.5)
         axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def difference_chart(
+    groups: Mapping[str, Mapping[str, tuple[float, float, float]]], label: str
+) -> Figure:
+    """Differences with their intervals, one line each, those whose interval holds 0 in grey.
+
+    Args:
+        groups: By the group's name, and then by the line's: value, low end, high end; drawn from
+            above in this order.
+        label: Of the axis.
+    """
+    lines = [line for group in groups.values() for line in group.items()]
+    figure = _figure(7.5, 0.9 + 0.26 * (len(lines) + 0.6 * len(groups)))
+    axes = figure.subplots()
+    place, ticks = 0.0, []
+    for group, members in groups.items():
+        axes.text(
+            0.0, place, f" {group}", transform=axes.get_yaxis_transform(), color=_INK,
+            fontsize=9, fontweight="bold", va="center",
+        )  # fmt: skip
+        place += 0.9
+        for value, low, high in members.values():
+            colour = _GREY if low <= 0 <= high else _BLUE if value > 0 else _RED
+            axes.plot([low, high], [place, place], color=colour, lw=1.8)
+            axes.plot([value], [place], color=colour, marker="o", ms=4.5)
+            ticks.append(place)
+            place += 1
+        place += 0.4
+    axes.axvline(0, color=_INK, lw=0.8)
+    axes.set_yticks(ticks, [name for name, _ in lines], fontsize=9)
+    axes.set_ylim(place - 0.2, -0.8)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.25, lw=0.5)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
     return figure
 
 

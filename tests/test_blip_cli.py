@@ -354,6 +354,7 @@ def test_compare_studies_what_it_is_told(data, model, tmp_path, monkeypatch, cap
     monkeypatch.setattr(compare, "changes_page", lambda study, name, images: f"{name}: {images}")
     out = tmp_path / "study"
     command = ["compare", str(data), "--model", str(model), "--out", str(out), "--seeds", "2"]
+    command += ["--length-penalty", "0.5"]
     command += ["--groups", "adjust", "--beams", "4", "--cache", str(tmp_path / "cache")]
     assert cli.main(command) == 0
     printed = capsys.readouterr()
@@ -362,10 +363,12 @@ def test_compare_studies_what_it_is_told(data, model, tmp_path, monkeypatch, cap
     assert (out / "table.md").read_text() == "| ['re-evaluate'] |\n"
     [row] = json.loads((out / "table.json").read_text())["re-evaluate"]
     assert row["metrics"] == {"CIDEr": 0.5} and row["parameters"] == 7
+    assert Image.open(out / "differences.png").format == "PNG"
     page = (out / "changes.html").read_text()
     assert page.startswith("rerank: RBM: ") and page.count(".png") == 3
     [(study, groups)] = called
     assert (groups, study.seeds, study.beams, study.folder) == (["adjust"], (0, 1), 4, out)
+    assert study.length_penalty == 0.5
     assert study.train.shape == (6, 17, 16) and len(study.train_captions) == 6
     assert study.val.shape == (3, 17, 16) and len(study.val_captions) == 3
     loaded, processor = load_captioner(model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from blip_integration import compare as comparison
 from blip_integration import metrics
-from blip_integration.candidates import Candidates
+from blip_integration.candidates import Candidates, beam_candidates
 from blip_integration.captioner import (
     LiteBlipConfig,
     LiteBlipForConditionalGeneration,
@@ -237,6 +239,48 @@ def test_the_page_shows_what_changed(study: Study, tmp_path: Path) -> None:
     assert "1 of 8 captions changed" in page
     assert "<b>cat</b>" not in page
     assert "0.png" in page and "1.png" not in page
+
+
+def test_a_folder_keeps_the_runs_of_one_study(study: Study) -> None:
+    study.claim_folder()
+    replace(study, seeds=(0, 1, 2)).claim_folder()  # More seeds go on where others stopped.
+    kept = (study.folder / "study.json").read_bytes()
+    other_model = copy.deepcopy(study.model)
+    with torch.no_grad():
+        other_model.text_decoder.cls.predictions.bias[0] += 1
+    others = {
+        "beams": 2,
+        "length_penalty": 0.8,
+        "loss_captions": 1,
+        "rated_images": 10,
+        "joint_epochs": 2,
+        "model": other_model,
+        "val_captions": [["a dog"], *study.val_captions[1:]],
+        "train": study.val,
+    }
+    for name, value in others.items():
+        named = "val" if name == "val_captions" else name
+        with pytest.raises(ValueError, match=rf"same {named}: .* got"):
+            compare(replace(study, **{name: value}))
+    assert (study.folder / "study.json").read_bytes() == kept
+    assert not (study.folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("beams", "options"), [(3, {"beams": 3, "length_penalty": 0.7}), (1, {"beams": 1})]
+)
+def test_all_captions_are_searched_for_alike(study, monkeypatch, beams, options) -> None:
+    study = replace(study, beams=beams, length_penalty=0.7)
+    seen = []
+
+    def search(*_, n=1, progress=True, **keywords):
+        seen.append(keywords)
+        return beam_candidates(*_, n=n, progress=False, **keywords)
+
+    monkeypatch.setattr(comparison, "beam_candidates", search)
+    lists = comparison.n_best(study, study.val, "val")
+    assert comparison.captions_of(study, None, torch.arange(8)) == lists.best
+    assert seen == [options, options]
 
 
 def test_unknown_names_are_refused(study: Study) -> None:

@@ -25,6 +25,7 @@ from blip_integration.pictures import (
     attention_figure,
     attention_light,
     caption_page,
+    difference_chart,
     drift,
     training_curves,
 )
@@ -139,6 +140,33 @@ def test_curves_hold_the_losses_and_the_rates():
         del record["val_loss"]
     assert len(training_curves(history).axes[1].lines) == 1
     training_curves(History())
+
+
+def test_a_chart_of_differences():
+    groups = {
+        "one": {"better": (2.0, 1.0, 3.0), "unsettled": (0.5, -0.5, 1.5)},
+        "two": {"worse $x$": (-2.0, -3.0, -1.0)},
+    }
+    figure = difference_chart(groups, "points")
+    [axes] = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "better", "unsettled", "worse $x$",
+    ]  # fmt: skip
+    assert [text.get_text().strip() for text in axes.texts] == ["one", "two"]
+    places = axes.get_yticks()
+    bars, points = axes.lines[:-1:2], axes.lines[1:-1:2]
+    lines = [line for group in groups.values() for line in group.values()]
+    colours = set()
+    for place, bar, point, (value, low, high) in zip(places, bars, points, lines, strict=True):
+        assert [*bar.get_xdata(), *bar.get_ydata()] == [low, high, place, place]
+        assert [*point.get_xdata(), *point.get_ydata()] == [value, place]
+        assert bar.get_color() == point.get_color()
+        colours.add(bar.get_color())
+    assert len(colours) == 3
+    bottom, top = axes.get_ylim()
+    assert bottom > max(places) and top < min(places)  # from above
+    figure.canvas.draw()
+    assert len(difference_chart({"one": {}}, "points").axes) == 1
 
 
 def test_drift_is_the_mean_cosine_over_positions():
