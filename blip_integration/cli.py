@@ -615,6 +615,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     unknown = [group for group in arguments.groups if group not in GROUPS]
     if unknown:
         raise ValueError(f"compare: --groups must be among {', '.join(GROUPS)}, got {unknown[0]!r}")
+    plots.require()  # Now, not after hours.
     train = _captioned_images(arguments, arguments.train)
     held_out = _captioned_images(arguments, arguments.split)
     model, processor = load_captioner(arguments.model, _device(arguments.device))

@@ -160,6 +160,22 @@ def test_shut_gate_is_stock(dtype: torch.dtype, options: dict[str, Any]) -> None
     assert adjusted.image_embeds.dtype == dtype
 
 
+def test_shut_gate_computes_nothing() -> None:
+    class Refuses(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            raise AssertionError("asked behind a shut gate")
+
+    residual = GatedResidual(Refuses(), torch.zeros(3), torch.ones(3))
+    x = torch.randn(1, 2, 3)
+    with torch.no_grad():
+        assert residual(x) is x
+    residual.gate.requires_grad_(False)
+    assert residual(x) is x
+    residual.gate.fill_(0.1)
+    with pytest.raises(AssertionError, match="asked"):
+        residual(x)
+
+
 def test_open_gate_changes_captions() -> None:
     model = put_in(stock_model(), gate=2.0)
     assert any(

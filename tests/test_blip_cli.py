@@ -339,6 +339,7 @@ def test_fit_an_rbm_and_use_it(data, model, tmp_path, capsys):
 
 def test_compare_studies_what_it_is_told(data, model, tmp_path, monkeypatch, capsys):
     """The comparison itself has its own tests."""
+    pytest.importorskip("matplotlib")
     from blip_integration import compare
 
     called = []

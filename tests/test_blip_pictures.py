@@ -143,6 +143,7 @@ def test_curves_hold_the_losses_and_the_rates():
 
 
 def test_a_chart_of_differences():
+    pytest.importorskip("matplotlib")
     groups = {
         "one": {"better": (2.0, 1.0, 3.0), "unsettled": (0.5, -0.5, 1.5)},
         "two": {"worse $x$": (-2.0, -3.0, -1.0)},

@@ -506,7 +506,9 @@ def test_sampled_output_is_scored_by_its_mean_log_probability(
 @pytest.mark.parametrize("head", ["itm", "itc"])
 def test_blip_reranker_equals_the_model(head: str, tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(0)
-    model = BlipForImageTextRetrieval(tiny_config(len(tokenizer))).train()
+    config = tiny_config(len(tokenizer))
+    config.text_config.hidden_dropout_prob = 0.5
+    model = BlipForImageTextRetrieval(config).train()
     reranker = BlipReranker(model, tokenizer, head, batch_size=4)
     pixels = normal(3, 3, 32, 32)
     texts = [["a red dog", "tree", "the"], ["blue ball", "a", "dog dog"], ["red", "a a a a", "the"]]
