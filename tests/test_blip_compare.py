@@ -25,6 +25,7 @@ from blip_integration.candidates import Candidates, beam_candidates
 from blip_integration.captioner import (
     LiteBlipConfig,
     LiteBlipForConditionalGeneration,
+    caption_losses,
     word_tokenizer,
 )
 from blip_integration.compare import (
@@ -42,6 +43,7 @@ from blip_integration.compare import (
 )
 from blip_integration.features import FeatureCache, extract
 from blip_integration.metrics import cider_scores
+from blip_integration.rerank import candidate_ciders
 
 WIDTH, TOKENS = 32, 5
 WORDS = ("dog", "cat", "bird", "horse")
@@ -281,6 +283,92 @@ def test_all_captions_are_searched_for_alike(study, monkeypatch, beams, options)
     lists = comparison.n_best(study, study.val, "val")
     assert comparison.captions_of(study, None, torch.arange(8)) == lists.best
     assert seen == [options, options]
+
+
+def test_losses_are_of_so_many_captions_of_each_image(study: Study) -> None:
+    with decoding(study.model) as model:
+        for count in (1, 2):
+            captions = [texts[:count] for texts in study.val_captions]
+            wanted = caption_losses(model, study.tokenizer, study.val, captions)
+            found = comparison.image_losses(replace(study, loss_captions=count))
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def _gates_asked_for(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Tensor]]:
+    """(value, the residual's tanh(gate) there) of every gate that a strategy offers."""
+    seen: list[tuple[float, Tensor]] = []
+
+    def offered(study, name, seed, residual_at, parameters, gates=comparison.GATES):
+        seen.extend((value, residual_at(value).gate.detach().tanh()) for value in gates)
+        return Run(name, seed, [])
+
+    monkeypatch.setattr(comparison, "adjusted", offered)
+    return seen
+
+
+def test_gates_are_values_of_their_tanh(study: Study, monkeypatch) -> None:
+    seen = _gates_asked_for(monkeypatch)
+    for run in comparison.adjustment_runs(replace(study, seeds=(0,))):
+        assert len(seen) == len(comparison.GATES)
+        for value, gate in seen:
+            torch.testing.assert_close(gate, torch.full_like(gate, value), atol=1e-6, rtol=0)
+        assert gate.shape == ((2,) if "apart" in run.name else ())
+        seen.clear()
+
+
+def test_learned_gates_are_offered_in_part(study: Study, monkeypatch) -> None:
+    seen = _gates_asked_for(monkeypatch)
+    captions: list[list[list[str]]] = []
+
+    class Pairs(comparison.CaptionPairs):
+        def __init__(self, features: Tensor, texts: list[list[str]]) -> None:
+            captions.append(texts)
+            super().__init__(features, texts)
+
+    monkeypatch.setattr(comparison, "CaptionPairs", Pairs)
+    for run in comparison.joint_runs(study):
+        learned, deciding = captions
+        for rows, texts in ((slice(1, 10), learned[:9]), (slice(0, 11, 10), deciding)):
+            # Another caption with another seed.
+            assert texts == [[each[run.seed]] for each in study.train_captions[rows]]
+        captions.clear()
+        if run.name == "train: decoder fine-tuned":
+            assert not seen and "gate" not in run.settings
+            continue
+        gate = torch.tensor(run.settings["gate"])
+        assert [value for value, _ in seen] == [0, 0.25, 0.5, 1]
+        for share, offered in seen:
+            torch.testing.assert_close(offered, share * gate, atol=1e-6, rtol=0)
+        seen.clear()
+
+
+def test_an_rbm_for_cls_and_one_for_the_others(study: Study) -> None:
+    residual = comparison._apart(study, 0)
+    features = study.train[:].float()
+    for row, tokens in ((0, features[:, :1]), (1, features[:, 1:])):
+        torch.testing.assert_close(residual.mean[row], tokens.mean((0, 1)), atol=1e-4, rtol=1e-4)
+    assert residual.reconstructor is not residual.cls_reconstructor
+
+
+def test_what_rerankers_learn_from_and_how_two_add_up(study: Study, monkeypatch) -> None:
+    study = replace(study, rated_images=15, seeds=(0,))
+    rated = []
+
+    def ciders(texts, captions):
+        rated.append((len(texts), captions))
+        return candidate_ciders(texts, captions)
+
+    monkeypatch.setattr(comparison, "candidate_ciders", ciders)
+    runs = {run.name: run for run in comparison.reranking_runs(study)}
+    assert (15, study.train_captions[:15]) in rated
+    assert runs["top-1"].loss == comparison.mean_loss(comparison.image_losses(study))
+    parts = [torch.tensor(runs[f"rerank: {name}"].scores, dtype=torch.float64)
+             for name in ("RBM PMI (contrastive)", "ITC")]  # fmt: skip
+    wanted = sum(
+        part / (part - part.mean(1, keepdim=True)).square().mean().sqrt() for part in parts
+    )
+    found = torch.tensor(runs["rerank: RBM and ITC"].scores, dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_unknown_names_are_refused(study: Study) -> None:
