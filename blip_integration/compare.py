@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from . import controls, fitting
 from .adjust import apply_rbm_to_blip
+from .attention_maps import word_attention
 from .candidates import Candidates, beam_candidates
 from .captioner import LiteVisionModel, caption_losses
 from .data import open_image
@@ -720,7 +721,9 @@ def changes_page(study: Study, name: str, images: Sequence[Path], count: int = 1
 
     Args:
         study: Whose :func:`compare` has run.
-        name: Of the strategy; its first run is shown beside the captioner's own captions.
+        name: Of the strategy; its first run is shown beside the captioner's own captions, and with
+            what each word looked at where the strategy re-ranks, so that the features are as they
+            were.
         images: Files of the held-out images.
         count: Of each kind.
     """
@@ -729,6 +732,12 @@ def changes_page(study: Study, name: str, images: Sequence[Path], count: int = 1
     order = (after - before).argsort(descending=True).tolist()
     changed = [i for i in order if own.captions[i] != first.captions[i]]
     shown = changed if len(changed) <= 2 * count else changed[:count] + changed[-count:]
+
+    def attention(image: int, caption: str) -> Tensor | None:
+        if not (name.startswith("rerank: ") and caption.split()):
+            return None
+        return word_attention(study.model, study.tokenizer, study.val[[image]][0], caption)
+
     pictures = [
         CaptionedPicture(
             images[i].name,
@@ -736,6 +745,7 @@ def changes_page(study: Study, name: str, images: Sequence[Path], count: int = 1
             first.captions[i],
             own.captions[i],
             references=study.val_captions[i],
+            attention=attention(i, own.captions[i]),
             scores={"CIDEr": (100 * before[i].item(), 100 * after[i].item())},
         )
         for i in shown

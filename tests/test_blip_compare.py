@@ -243,6 +243,21 @@ def test_the_page_shows_what_changed(study: Study, tmp_path: Path) -> None:
     assert "0.png" in page and "1.png" not in page
 
 
+def test_the_page_of_a_reranker_shows_what_words_looked_at(study: Study, tmp_path: Path) -> None:
+    images = [tmp_path / f"{i}.png" for i in range(8)]
+    for path in images:
+        Image.new("RGB", (20, 20)).save(path)
+    same = ["a dog on the grass"] * 8
+    remembered(study, "top-1", 0, lambda: Run("top-1", 0, same))
+    pages = []
+    for name in ("rerank: other", "adjust: other"):
+        changed = ["the cat is on snow", "", *same[2:]]
+        remembered(study, name, 0, lambda name=name, c=changed: Run(name, 0, c))
+        pages.append(changes_page(study, name, images))
+    # One veil for each word of the one caption that has words.
+    assert [page.count('class="veil"') for page in pages] == [5, 0]
+
+
 def test_a_folder_keeps_the_runs_of_one_study(study: Study) -> None:
     study.claim_folder()
     replace(study, seeds=(0, 1, 2)).claim_folder()  # More seeds go on where others stopped.
