@@ -10,7 +10,6 @@ Each run of a strategy is kept in a file, so that an interrupted comparison goes
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import time
@@ -32,7 +31,7 @@ from .attention_maps import word_attention
 from .candidates import Candidates, beam_candidates
 from .captioner import LiteVisionModel, caption_losses
 from .data import open_image
-from .features import FeatureCache, fingerprint
+from .features import FeatureCache, digest, fingerprint
 from .joint import JointSettings, train_joint
 from .joint_objective import CaptionPairs
 from .metrics import cider_scores, evaluate, paired_bootstrap
@@ -108,8 +107,8 @@ class Study:
         """
         own = {
             "model": fingerprint(self.model),
-            "train": _digest(self.train.ids, self.train_captions),
-            "val": _digest(self.val.ids, self.val_captions),
+            "train": digest(self.train.ids, self.train_captions),
+            "val": digest(self.val.ids, self.val_captions),
             **{name: getattr(self, name) for name in _KEPT_SETTINGS},
         }
         path = self.folder / "study.json"
@@ -126,10 +125,6 @@ class Study:
 
 
 _KEPT_SETTINGS = ("beams", "length_penalty", "loss_captions", "rated_images", "joint_epochs")
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 @dataclass

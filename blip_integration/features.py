@@ -204,6 +204,11 @@ def fingerprint(module: nn.Module, *more: object) -> str:
     return digest.hexdigest()[:16]
 
 
+def digest(*parts: object) -> str:
+    """A short name for values whose ``repr`` tells all of them."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
 @torch.inference_mode()
 def extract(
     encode: Callable[[Tensor], Tensor],

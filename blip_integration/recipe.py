@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -32,7 +31,7 @@ from rbm_kernels import RBM
 from .adjust import with_rbm
 from .captioner import LiteBlipForConditionalGeneration, LiteVisionModel, lite_vision_model
 from .data import open_image
-from .features import FeatureCache, extract, fingerprint
+from .features import FeatureCache, digest, extract, fingerprint
 from .fitting import Fitted
 
 # Enough to settle some hundred directions: each image gives 49 to 81 feature vectors.
@@ -90,7 +89,7 @@ def cached_vision_model(
         progress: Show a progress bar.
     """
     chosen = images[:: max(1, len(images) // COMPONENT_IMAGES)][:COMPONENT_IMAGES]
-    saved = Path(folder) / f"vision-{_digest(variant, width, _stamps(chosen))}"
+    saved = Path(folder) / f"vision-{digest(variant, width, _stamps(chosen))}"
     if saved.is_dir():
         return LiteVisionModel.from_pretrained(saved).eval()
     load = image_loader(processor)
@@ -127,13 +126,9 @@ def cached_features(
         image_loader(processor, view),
         [str(path) for path in images],
         folder,
-        fingerprint=_digest(fingerprint(vision_model), view, _stamps(images)),
+        fingerprint=digest(fingerprint(vision_model), view, _stamps(images)),
         progress=progress,
     )
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _stamps(images: Sequence[Path]) -> list[tuple[str, int, int]]:
