@@ -83,6 +83,7 @@ def beam_candidates(
     n: int = 1,
     min_length: int = 5,
     max_length: int = 20,
+    length_penalty: float = 1.0,
     prompt: str = "",
     batch_size: int = 50,
     progress: bool = True,
@@ -99,6 +100,7 @@ def beam_candidates(
         n: Captions to keep, 1 to ``beams``.
         min_length: Tokens of a caption at least, the start, the prompt and the end counted.
         max_length: Tokens at most, counted likewise.
+        length_penalty: Scores are divided by the length to this power; without effect on one beam.
         prompt: Words that the captioner goes on from, such as BLIP's "a picture of"; they are not
             part of the captions.
         batch_size: Images at a time.
@@ -124,6 +126,8 @@ def beam_candidates(
             f"beam_candidates: max_length must be above the {len(start)} tokens of the prompt "
             f"{prompt!r} and the start, got {max_length}"
         )
+    if beams > 1:  # Greedy search has no use for it, and says so.
+        generate["length_penalty"] = length_penalty
     texts: list[list[str]] = []
     scores: list[Tensor] = []
     model.eval()

@@ -601,10 +601,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# What the command compare writes, besides the runs.
-_COMPARED = ("table.md", "table.json", "differences.png", "changes.html")
-
-
 def _compare(arguments: argparse.Namespace) -> int:
     from rbm_kernels import plots
 
@@ -668,7 +664,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     chart = difference_chart(shown, "CIDEr points over the captioner's own choice, 95% intervals")
     plots.save(chart, out / "differences.png")
     print(text)
-    print(f"{_seconds(started)}; written in {out}: {', '.join(_COMPARED)}")
+    written = "table.md, table.json, differences.png, changes.html"
+    print(f"{_seconds(started)}; written in {out}: {written}")
     return 0
 
 
@@ -723,10 +720,9 @@ def _captions(
         beams=arguments.beams,
         min_length=arguments.min_length,
         max_length=arguments.max_length,
+        length_penalty=arguments.length_penalty,
         prompt=arguments.prompt,
         progress=False,
-        # Greedy search has no use for it, and says so.
-        **({"length_penalty": arguments.length_penalty} if arguments.beams > 1 else {}),
     ).best
 
 

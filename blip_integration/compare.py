@@ -94,10 +94,7 @@ class Study:
 
     def decoding(self) -> dict[str, Any]:
         """Keywords of :func:`.candidates.beam_candidates`."""
-        options: dict[str, Any] = {"beams": self.beams}
-        if self.beams > 1:  # Greedy search has no use for it, and says so.
-            options["length_penalty"] = self.length_penalty
-        return options
+        return {"beams": self.beams, "length_penalty": self.length_penalty}
 
     def claim_folder(self) -> None:
         """Note in the folder what its runs depend on, seeds apart.

@@ -387,6 +387,21 @@ def test_captions_go_on_from_a_prompt(trained, tokenizer, beams):
         assert lists.scores[i, 0].item() == pytest.approx(log_p.mean().item(), abs=2e-2), text
 
 
+def test_the_length_penalty_decides_how_long_captions_are(trained, tokenizer, recwarn):
+    model, _ = trained
+    x = features_saying(torch.arange(4), seed=4)
+
+    def words(beams: int, penalty: float) -> int:
+        lists = beam_candidates(
+            model, tokenizer, x, beams=beams, length_penalty=penalty, min_length=2, progress=False
+        )
+        return sum(len(text.split()) for text in lists.best)
+
+    assert words(3, -9.0) < words(3, 9.0)
+    assert words(1, -9.0) == words(1, 9.0)
+    assert not [each for each in recwarn if "length_penalty" in str(each.message)]
+
+
 def test_a_prompt_must_leave_room(model, tokenizer):
     with pytest.raises(ValueError, match=r"max_length must be above the 3 tokens .* got 3"):
         beam_candidates(

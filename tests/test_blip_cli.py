@@ -167,7 +167,10 @@ def test_train_never_writes_over_anything(data, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("options", [{}, {"beams": 1}, {"beams": 2, "min_length": 9}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"beams": 1}, {"beams": 2, "min_length": 9}, {"length_penalty": -9.0, "min_length": 2}],
+)
 def test_caption_says_what_generate_does(data, model, capsys, options):
     paths = pictures(data)
     words = [part for name, value in options.items()
