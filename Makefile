@@ -13,9 +13,6 @@ SOURCES := setup.py pyproject.toml MANIFEST.in constraints.txt \
 # Without the simd_*.h: tables of one-line functions that a formatter makes unreadable.
 NATIVE_SOURCES := find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -not -name 'simd_*'
 
-OPERATION_TESTS := test_sample.py test_gibbs.py test_free_energy.py test_cd.py test_bitwise.py \
-	test_operators.py test_inputs.py
-
 .PHONY: demo test lint format bench clean
 
 .venv/bin/python:
@@ -58,8 +55,7 @@ format: .venv/test.stamp
 test: lint
 	$(BIN)/rbm-kernels info
 	cd tests && ../$(BIN)/pytest -q --durations=10
-	cd tests && RBM_KERNELS_CUDA_EMULATED=1 ../$(BIN)/pytest -q --durations=10 -k cuda \
-		test_backends.py test_cuda.py $(OPERATION_TESTS)
+	cd tests && RBM_KERNELS_CUDA_EMULATED=1 ../$(BIN)/pytest -q --durations=10 -k cuda ops backends
 
 bench: .venv/bench.stamp
 	$(BIN)/pytest benchmarks

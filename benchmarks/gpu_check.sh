@@ -95,9 +95,6 @@ bench() { cd "$root/tests" && "$python" "$root/benchmarks/bench_gpu.py" "$result
 export -f environment both_run build run_pytest sanitize bench
 export python root site results
 
-operations=(test_sample.py test_gibbs.py test_free_energy.py test_cd.py test_bitwise.py
-  test_operators.py test_inputs.py)
-
 step environment 30 environment.txt bash -c environment
 if wanted build; then
   step build 200 build.log bash -c build
@@ -109,9 +106,9 @@ if wanted tests; then
   parallel=()
   "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
   step "tests of the operations" 180 tests.log env OMP_NUM_THREADS=2 \
-    bash -c 'run_pytest "$@"' tests "${operations[@]}" -k "cuda or triton" "${parallel[@]}"
+    bash -c 'run_pytest "$@"' tests ops backends/test_bitwise.py -k "cuda or triton" "${parallel[@]}"
   step "tests of the GPU" 330 tests.log \
-    bash -c 'run_pytest "$@"' tests test_gpu.py test_backends.py test_cuda.py --durations=10
+    bash -c 'run_pytest "$@"' tests backends/test_gpu.py backends/test_select.py backends/test_cuda.py --durations=10
 fi
 if wanted bench; then
   step bench 400 bench.log bash -c bench

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import support
 import torch
+from support import backends
 
 from rbm_kernels.ops import cd, free_energy, gibbs, sample
 
@@ -25,9 +25,21 @@ def poisoned_outputs() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def backends_on_the_gpu() -> Iterator[None]:
-    """Where there is a GPU, tests name its backends with CPU tensors; see support.Moved."""
+    """Where there is a GPU, tests name its backends with CPU tensors (support/backends.py)."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (cd, free_energy, gibbs, sample):
-            if support.ON_GPU:
-                patch.setattr(module, "select", support.on_the_gpu(module.select))
+            if backends.ON_GPU:
+                patch.setattr(module, "select", backends.on_the_gpu(module.select))
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from a second thread, and lose much where the cores are shared.
+
+    Tests that compare thread counts set their own.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

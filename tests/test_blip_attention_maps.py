@@ -7,13 +7,13 @@ import torch
 
 pytest.importorskip("transformers")
 
-import blip_models
+from support import blip
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from blip_integration.attention_maps import word_attention
 
-STATES = torch.randn(17, blip_models.WIDTH, generator=torch.Generator().manual_seed(0))
+STATES = torch.randn(17, blip.WIDTH, generator=torch.Generator().manual_seed(0))
 
 
 def by_hand(model, ids: list[int]) -> torch.Tensor:
@@ -30,7 +30,7 @@ def by_hand(model, ids: list[int]) -> torch.Tensor:
 
 
 def test_a_word_has_the_attention_that_predicted_it():
-    model, processor = blip_models.tiny_blip()
+    model, processor = blip.tiny_blip()
     caption = "a red  circle"
     ids = processor.tokenizer(caption).input_ids
     maps = word_attention(model, processor.tokenizer, STATES, caption)
@@ -50,7 +50,7 @@ def test_a_word_of_several_tokens_has_their_mean():
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
-    model, _ = blip_models.tiny_blip()
+    model, _ = blip.tiny_blip()
     model.config.text_config.bos_token_id = 4
     caption = "b-b red dog"
     assert tokenizer(caption).input_ids == [2, 9, 8, 9, 5, 6, 7, 3]
@@ -62,12 +62,12 @@ def test_a_word_of_several_tokens_has_their_mean():
 
 
 def test_words_without_tokens_looked_nowhere():
-    model, processor = blip_models.tiny_blip()
+    model, processor = blip.tiny_blip()
     maps = word_attention(model, processor.tokenizer, STATES, "red ! circle")
     assert maps[1].abs().max() == 0 and (maps[[0, 2]].sum(1) > 0.1).all()
 
 
 def test_a_caption_without_words():
-    model, processor = blip_models.tiny_blip()
+    model, processor = blip.tiny_blip()
     with pytest.raises(ValueError, match="caption must have a word or more, got '  '"):
         word_attention(model, processor.tokenizer, STATES, "  ")

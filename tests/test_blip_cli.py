@@ -15,8 +15,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-import blip_models
 from PIL import Image
+from support import blip
 from transformers import AutoModelForImageTextToText, BertConfig, BlipProcessor
 from transformers.utils import logging
 
@@ -34,14 +34,14 @@ SHORT += ["--epochs", "2", "--batch", "8"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return blip_models.draw_data(tmp_path_factory.mktemp("data") / "drawn")
+    return blip.draw_data(tmp_path_factory.mktemp("data") / "drawn")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A folder of stock BLIP, as a hub would give it."""
     folder = tmp_path_factory.mktemp("models") / "blip"
-    save_captioner(*blip_models.tiny_blip(), folder)
+    save_captioner(*blip.tiny_blip(), folder)
     return folder
 
 
@@ -50,7 +50,7 @@ def rbm(tmp_path_factory) -> Path:
     """An RBM that moves the features of that model a lot."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = RBM(blip_models.WIDTH, 8, "gaussian")
+        model = RBM(blip.WIDTH, 8, "gaussian")
     with torch.no_grad():
         model.W.mul_(300)
     path = tmp_path_factory.mktemp("rbm") / "rbm.safetensors"
@@ -202,7 +202,7 @@ def test_caption_before_and_after_an_rbm(data, model, rbm, capsys):
 
     # The same by the library alone.
     adjusted, processor = load_captioner(model)
-    ones = torch.ones(blip_models.WIDTH)
+    ones = torch.ones(blip.WIDTH)
     apply_rbm_to_blip(adjusted, RBM.load(rbm), 0 * ones, ones, gate=2.0)
     pixels = processor.image_processor([open_image(p) for p in paths], return_tensors="pt")
     pixels = pixels["pixel_values"]
@@ -219,7 +219,7 @@ def test_caption_before_and_after_an_rbm(data, model, rbm, capsys):
 
 def test_a_model_with_an_rbm_has_captions_before_and_after(data, model, rbm, tmp_path, capsys):
     adjusted, processor = load_captioner(model)
-    ones = torch.ones(blip_models.WIDTH)
+    ones = torch.ones(blip.WIDTH)
     apply_rbm_to_blip(adjusted, RBM.load(rbm), 0 * ones, ones, gate=2.0)
     save_captioner(adjusted, processor, tmp_path / "adjusted")
     command = ["caption", *pictures(data), "--model"]
@@ -235,8 +235,8 @@ def test_a_model_with_an_rbm_has_captions_before_and_after(data, model, rbm, tmp
 def test_a_process_says_captions_and_nothing_else(data, tmp_path):
     """Of a small captioner with an RBM: a fresh process has to know that class by itself."""
     pytest.importorskip("efficientnet_lite_pytorch")
-    _, processor = blip_models.tiny_blip()
-    width = blip_models.WIDTH
+    _, processor = blip.tiny_blip()
+    width = blip.WIDTH
     config = captioner.LiteVisionConfig(variant=0, hidden_size=width, num_hidden_layers=0)
     vision = captioner.LiteVisionModel(config)
     small = captioner.lite_blip(vision, processor.tokenizer, layers=1, heads=2)
@@ -416,7 +416,7 @@ def here(data, model, rbm, tmp_path, monkeypatch) -> Path:
     BertConfig().save_pretrained("bert")
     Path("nothing").mkdir()
     RBM(9, 4, "gaussian").save("narrow.safetensors")
-    RBM(blip_models.WIDTH, 4).save("binary.safetensors")
+    RBM(blip.WIDTH, 4).save("binary.safetensors")
     return tmp_path
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
-from support import assert_chi_square, assert_mean, one_thread, raises  # noqa: F401
+from support.errors import raises
+from support.statistics import assert_chi_square, assert_mean
 from torch import Tensor
 
 pytest.importorskip("PIL")
 
-from enumeration import all_states, state_number
+from support.enumeration import all_states, state_number
 
 from blip_integration import matching
 from blip_integration.fitting import Schedule

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-import blip_models
+from support import blip
 from transformers import AutoModelForImageTextToText, BlipForConditionalGeneration
 
 from blip_integration import cli
@@ -31,7 +31,7 @@ def name(request, tmp_path_factory):
     """A folder of a BLIP captioner, or a hub's name."""
     if request.param == "tiny":
         folder = tmp_path_factory.mktemp("blip") / "model"
-        save_captioner(*blip_models.tiny_blip(), folder)
+        save_captioner(*blip.tiny_blip(), folder)
         return str(folder)
     if "RBM_BLIP_MODEL" not in os.environ:
         pytest.skip("RBM_BLIP_MODEL names no BLIP captioner")
@@ -40,7 +40,7 @@ def name(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    file = blip_models.draw_data(tmp_path_factory.mktemp("drawn"), train=4, val=0)
+    file = blip.draw_data(tmp_path_factory.mktemp("drawn"), train=4, val=0)
     return sorted((file.parent / "images").iterdir())
 
 

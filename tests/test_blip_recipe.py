@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-import blip_models
 from PIL import Image, ImageOps
+from support import blip
 from transformers import (
     BlipForImageTextRetrieval,
     BlipTextConfig,
@@ -35,12 +35,12 @@ from rbm_kernels import RBM
 
 @pytest.fixture
 def pictures(tmp_path):
-    file = blip_models.draw_data(tmp_path / "drawn", train=5, val=0)
+    file = blip.draw_data(tmp_path / "drawn", train=5, val=0)
     return sorted((file.parent / "images").iterdir())
 
 
 def test_images_are_loaded_as_the_processor_makes_them(pictures):
-    _, processor = blip_models.tiny_blip()
+    _, processor = blip.tiny_blip()
     for view in (0, 1):
         got = image_loader(processor, view)(pictures[0])
         image = open_image(pictures[0])
@@ -51,7 +51,7 @@ def test_images_are_loaded_as_the_processor_makes_them(pictures):
 
 def test_further_views_are_pieces_of_the_image_and_of_its_mirror_image(tmp_path):
     """Red grows to the right and green downwards, so that a corner's colours tell where it was."""
-    _, processor = blip_models.tiny_blip()
+    _, processor = blip.tiny_blip()
     side = 200
     ramp = Image.linear_gradient("L").resize((side, side))  # grows downwards
     picture = Image.merge("RGB", (ramp.rotate(90), ramp, Image.new("L", (side, side))))
@@ -80,7 +80,7 @@ def test_further_views_are_pieces_of_the_image_and_of_its_mirror_image(tmp_path)
 
 
 def test_features_are_those_of_the_vision_model_and_are_kept(pictures, tmp_path, monkeypatch):
-    model, processor = blip_models.tiny_blip()
+    model, processor = blip.tiny_blip()
     folder = tmp_path / "cache"
 
     def compute(view=0):
@@ -128,7 +128,7 @@ def test_a_vision_model_is_kept_for_the_same_images(pictures, tmp_path, monkeypa
 
     monkeypatch.setattr(captioner, "LiteEncoder", encoder)
     monkeypatch.setattr(recipe, "COMPONENT_IMAGES", 2)
-    processor = captioner.lite_processor(blip_models.tiny_blip()[1].tokenizer, 0)
+    processor = captioner.lite_processor(blip.tiny_blip()[1].tokenizer, 0)
 
     def model(images, width=4):
         return cached_vision_model(
@@ -178,8 +178,8 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
 
 @pytest.mark.parametrize("kind", ["stock", "lite", "adjusted", "adjusted lite"])
 def test_captioners_survive_a_folder(tmp_path, kind):
-    model, processor = blip_models.tiny_blip()
-    width = blip_models.WIDTH
+    model, processor = blip.tiny_blip()
+    width = blip.WIDTH
     if "lite" in kind:
         pytest.importorskip("efficientnet_lite_pytorch")
         config = captioner.LiteVisionConfig(variant=0, hidden_size=width, num_hidden_layers=0)
@@ -210,7 +210,7 @@ def test_what_is_no_captioner(tmp_path):
 
 def test_blip_for_retrieval_has_no_decoder(tmp_path):
     """It has the same config class, but weights of its own."""
-    model, processor = blip_models.tiny_blip()
+    model, processor = blip.tiny_blip()
     retrieval = BlipForImageTextRetrieval(model.config)
     save_captioner(retrieval, processor, tmp_path / "retrieval")
     with pytest.raises(ValueError, match=r"all weights of a BLIP captioner, got none for text_dec"):

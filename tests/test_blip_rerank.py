@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import normal, one_thread, raises  # noqa: F401
+from support.errors import raises
+from support.tensors import normal
 from torch import Tensor
 
 pytest.importorskip("transformers")

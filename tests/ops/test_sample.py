@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from enumeration import Exact, ExactGaussian, small_bernoulli, small_gaussian, state_number
 from scipy import stats
-from support import (  # noqa: F401
-    P_VALUE,
-    assert_chi_square,
-    assert_mean,
-    binary,
-    draws,
-    each_backend,
-    fp32,
-    normal,
-    one_thread,
-    same,
-)
+from support.backends import draws, each_backend
+from support.enumeration import Exact, ExactGaussian, small_bernoulli, small_gaussian, state_number
+from support.statistics import P_VALUE, assert_chi_square, assert_mean
+from support.tensors import binary, fp32, normal, same
 from torch import Tensor
 
 import rbm_kernels as rk

@@ -7,13 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import (  # noqa: F401
-    binary,
-    each_backend,
-    normal,
-    one_thread,
-    same,
-)
+from support.backends import each_backend
+from support.tensors import binary, normal, same
 from torch import Tensor
 
 import rbm_kernels as rk

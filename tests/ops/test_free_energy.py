@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from enumeration import Exact, ExactGaussian, small_bernoulli, small_gaussian
-from support import (  # noqa: F401
-    binary,
-    each_backend,
-    fp32,
-    normal,
-    one_thread,
-)
+from support.backends import each_backend
+from support.enumeration import Exact, ExactGaussian, small_bernoulli, small_gaussian
+from support.tensors import binary, fp32, normal
 from torch import Tensor
 
 import rbm_kernels as rk

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from enumeration import Exact, small_bernoulli, small_gaussian
+from support.enumeration import Exact, small_bernoulli, small_gaussian
 
 from rbm_kernels import likelihood
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import ON_GPU, binary, same, why_not_on
-from test_bitwise import assert_agree, everything, operands
+from support.backends import ON_GPU, why_not_on
+from support.operations import assert_agree, everything, operands
+from support.tensors import binary, same
 from torch import Tensor
 
 import rbm_kernels as rk

@@ -6,17 +6,10 @@ import math
 
 import pytest
 import torch
-from enumeration import Exact, ExactGaussian, small_bernoulli, small_gaussian
-from support import (  # noqa: F401
-    SIGMAS,
-    binary,
-    draws,
-    each_backend,
-    fp32,
-    normal,
-    one_thread,
-    same,
-)
+from support.backends import draws, each_backend
+from support.enumeration import Exact, ExactGaussian, small_bernoulli, small_gaussian
+from support.statistics import SIGMAS
+from support.tensors import binary, fp32, normal, same
 from torch import Tensor
 
 import rbm_kernels as rk

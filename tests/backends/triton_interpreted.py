@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import CPU_RUNS, binary, normal, same
-from test_bitwise import ZERO_UNIFORMS, everything, operands, worst_case
+from support.backends import CPU_RUNS
+from support.operations import ZERO_UNIFORMS, everything, operands, worst_case
+from support.tensors import binary, normal, same
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import Config

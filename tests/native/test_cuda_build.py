@@ -12,7 +12,7 @@ import pytest
 
 from rbm_kernels import info
 
-SOURCES = Path(__file__).parents[1] / "csrc"
+SOURCES = Path(__file__).parents[2] / "csrc"
 kernels = info.build_info().get("cuda", {}).get("kernels", [])
 
 

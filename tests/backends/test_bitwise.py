@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -12,33 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import (  # noqa: F401
-    EMULATED,
-    GPU_BACKENDS,
-    ON_GPU,
-    binary,
-    each_backend,
-    needs_cpu,
-    normal,
-    one_thread,
-    same,
+from support.backends import EMULATED, GPU_BACKENDS, each_backend, needs_cpu
+from support.operations import (
+    SIZES,
+    ZERO_UNIFORMS,
+    assert_agree,
+    digest,
+    everything,
+    integers,
+    operands,
+    worst_case,
 )
+from support.tensors import binary, normal, same
 from torch import Tensor
 
 import rbm_kernels as rk
 from rbm_kernels import arithmetic
 from rbm_kernels.backends import cpu
-
-# (rows, visible, hidden): below, at and above tiles of 16, look-up groups of 6, words of 64.
-SIZES = [
-    (1, 1, 1),
-    (3, 5, 17),
-    (2, 16, 16),
-    (65, 63, 64),
-    (130, 129, 31),
-    (7, 300, 257),
-    (33, 784, 50),
-]
 
 
 @contextmanager
@@ -60,47 +49,6 @@ def instruction_set(name: str) -> Iterator[None]:
         yield
     finally:
         module.use(before)
-
-
-def operands(rows: int, n_visible: int, n_hidden: int, kind: str) -> dict[str, Tensor | None]:
-    v = binary(rows, n_visible, seed=1)
-    if kind == "grey":
-        v = torch.rand(rows, n_visible, generator=torch.Generator().manual_seed(2))
-    if kind == "gaussian":
-        v = normal(rows, n_visible, seed=3, scale=1.5)
-    return {
-        "v": v,
-        "h": binary(rows, n_hidden, seed=4),
-        "W": normal(n_visible, n_hidden, seed=5, scale=2.0 / n_visible**0.5),
-        "b": normal(n_visible, seed=6),
-        "c": normal(n_hidden, seed=7),
-        "log_var": normal(n_visible, seed=8, scale=0.4) if kind == "gaussian" else None,
-        "chains": binary(max(rows // 2, 1), n_visible, seed=9),
-        "beta": torch.rand(rows, generator=torch.Generator().manual_seed(10)) * 2,
-        "mask": binary(rows, n_visible, seed=11, p=0.2).bool(),
-    }
-
-
-def everything(
-    t: dict[str, Tensor | None], backend: str, precision: str
-) -> tuple[list[Tensor], list[Tensor]]:
-    """States, and real results, of every operation on these operands."""
-    v, h, W, b, c = t["v"], t["h"], t["W"], t["b"], t["c"]
-    assert v is not None and h is not None and W is not None and b is not None and c is not None
-    common = {"seed": (77, 2**34), "chain_offset": 11, "backend": backend, "precision": precision}
-    real = {"log_var": t["log_var"]}
-    up = rk.sample_hidden(v, W, c, beta=0.9, return_probs=True, **real, **common)
-    down = rk.sample_visible(h, W, b, beta=0.9, return_probs=True, **real, **common)
-    free = rk.gibbs_sample(v, W, b, c, 3, beta=t["beta"] + 0.1, **real, **common)
-    held = rk.gibbs_sample(v, W, b, c, 2, clamp=t["mask"], **real, **common)
-    cd = rk.cd_step(v, W, b, c, 2, **real, **common)
-    pcd = rk.cd_step(v, W, b, c, 1, chains=t["chains"], **real, **common)
-    F = rk.free_energy(v, W, b, c, beta=0.9, **real, backend=backend, precision=precision)
-    states = [up[0], down[0], free, held, cd.chains, pcd.chains]
-    results = [up[1], down[1], F]
-    results += [g for step in (cd, pcd) for g in step[:4] if g is not None]
-    results += [F for step in (cd, pcd) for F in (step.free_energy_data, step.free_energy_chain)]
-    return states, results
 
 
 @needs_cpu
@@ -129,29 +77,6 @@ def test_cpu_equals_reference(kind: str, precision: str) -> None:
                 torch.testing.assert_close(x, y, rtol=3e-6, atol=atol)
     print(f"{kind} {precision}: {different} of {total} units differ")
     assert different <= 1e-6 * total
-
-
-def assert_agree(
-    size: tuple[int, int, int], kind: str, precision: str, backend: str, device: str = "cpu"
-) -> None:
-    """On a device, bit for bit what cpu computes, but for free energies, added in another order.
-
-    So are, on a GPU, the few sums of real numbers that plain PyTorch computes: a mean of real
-    states, the log-variances' gradient.
-    """
-    t = operands(*size, kind)
-    there = {name: x if x is None else x.to(device) for name, x in t.items()}
-    states, results = everything(t, "cpu", precision)
-    states2, results2 = everything(there, backend, precision)
-    for place, (x, y) in enumerate(zip(states, states2, strict=True)):
-        assert same(x, y.cpu()), f"{backend} {size} {kind} {precision}: states {place} differ"
-    for place, (x, y) in enumerate(zip(results, results2, strict=True)):
-        of_energy = place == 2 or x.dim() == 0
-        of_real = kind != "binary" and x.dim() == 1 and backend in ON_GPU
-        if of_energy or of_real:
-            torch.testing.assert_close(x, y.cpu(), rtol=3e-6, atol=3e-6 * (1 + size[1]))
-        else:
-            assert same(x, y.cpu()), f"{backend} {size} {kind} {precision}: results {place} differ"
 
 
 AGREEING = [
@@ -202,24 +127,6 @@ def test_gradients_of_cpu_are_the_references_bits(kind: str) -> None:
                 assert same(steps[0].chains, steps[1].chains)
                 for x, y in zip(steps[0][:3], steps[1][:3], strict=True):
                     torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
-
-
-def integers(W: Tensor, limbs: int) -> Tensor:
-    """Fixed point of W by its definition: the finest power of two that leaves room, int64."""
-    largest = W.abs().max().double()
-    most = {2: 127 * 257, 3: 127 * 65793}[limbs]
-    if largest == 0:
-        return torch.zeros_like(W, dtype=torch.int64)
-    for exponent in range(-120, 128):
-        scaled = (W.double() * 2.0**-exponent).round()
-        if scaled.abs().max() <= most:
-            return scaled.long()
-    raise AssertionError("no scale fits")
-
-
-def worst_case(limbs: int, n: int) -> Tensor:
-    """All weights at the largest integer of the fixed point, where accumulators overflow first."""
-    return torch.full((n, 3), float({2: 127 * 257, 3: 127 * 65793}[limbs]))
 
 
 @needs_cpu
@@ -334,18 +241,6 @@ def test_one_and_two_threads(backend: str, kind: str) -> None:
         assert all(same(x, y) for x, y in zip(exact, again, strict=True))
 
 
-def digest() -> str:
-    """Every operation on many operands, as one hash of its bits."""
-    h = hashlib.sha256()
-    for kind in ("binary", "grey", "gaussian"):
-        for size in SIZES:
-            for precision in ("highest", "high"):
-                states, results = everything(operands(*size, kind), "cpu", precision)
-                for x in states + results:
-                    h.update(x.contiguous().numpy().tobytes())
-    return h.hexdigest()
-
-
 @needs_cpu
 @pytest.mark.parametrize("name", cpu.instruction_sets())
 def test_instruction_sets_agree(name: str) -> None:
@@ -357,7 +252,7 @@ def test_instruction_sets_agree(name: str) -> None:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(rk.__file__).parents[1]), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(Path(rk.__file__).parents[1]), str(Path(__file__).parents[1])])
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path, **environment},
@@ -373,8 +268,8 @@ def test_the_environment_forces_an_instruction_set() -> None:
     names = cpu.instruction_sets()
     assert "plain" in names
     code = (
-        "import test_bitwise, rbm_kernels.backends.cpu as cpu;"
-        "print(cpu._module().in_use(), test_bitwise.digest())"
+        "import rbm_kernels.backends.cpu as cpu, support.operations as operations;"
+        "print(cpu._module().in_use(), operations.digest())"
     )
     for name in {names[0], "plain"}:
         done = run_python(code, RBM_KERNELS_ISA=name, OMP_NUM_THREADS="1")
@@ -450,10 +345,6 @@ def test_bytes_above_one_and_negative_zero() -> None:
         rk.gibbs_sample(v, W, b, c, 1, seed=1, backend="cpu"),
         rk.gibbs_sample(signed, W, b, c, 1, seed=1, backend="cpu"),
     )
-
-
-# Chains whose first word is below 256, so that u == 0 (found by search; seed 0, half-sweep 0).
-ZERO_UNIFORMS = [(372860, 3), (1224113, 0), (2664212, 3), (4110718, 1), (5680941, 2)]
 
 
 @needs_cpu

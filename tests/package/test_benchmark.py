@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import needs_cpu
+from support.backends import needs_cpu
 from torch.utils.flop_counter import FlopCounterMode
 
 from rbm_kernels import benchmark as bench
@@ -142,7 +142,7 @@ def test_environment_names_what_a_figure_needs():
 @pytest.fixture
 def bench_gpu(monkeypatch: pytest.MonkeyPatch):
     """benchmarks/bench_gpu.py, which is no part of the package."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     return importlib.import_module("bench_gpu")
 
 

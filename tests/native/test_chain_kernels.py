@@ -6,10 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_emulator import CUDA, ROOT, _compiler
+from support.native import CUDA, ROOT, compiler
 
 SOURCES = (
-    ROOT / "tests" / "chain_kernels.cu",
+    ROOT / "tests" / "native" / "chain_kernels.cu",
     CUDA / "chain.cu",
     CUDA / "chain_sm90a.cu",
     CUDA / "gaussian_chain.cu",
@@ -23,7 +23,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not CUDA.exists():
         pytest.skip("the source tree is not here")
     path = tmp_path_factory.mktemp("chain_kernels") / "chain_kernels"
-    command = [*_compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-DRBM_EMULATED"]
+    command = [*compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-DRBM_EMULATED"]
     command += [f"-I{CUDA}", f"-I{ROOT / 'csrc' / 'include'}", "-o", str(path), "-x", "c++"]
     command += [str(source) for source in SOURCES]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)

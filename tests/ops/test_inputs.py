@@ -9,15 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import (  # noqa: F401
-    GPU_BACKENDS,
-    binary,
-    each_backend,
-    normal,
-    one_thread,
-    raises,
-    same,
-)
+from support.backends import GPU_BACKENDS, each_backend
+from support.errors import raises
+from support.tensors import binary, normal, same
 from torch import Tensor
 
 import rbm_kernels as rk

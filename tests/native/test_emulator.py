@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-CUDA = ROOT / "csrc" / "cuda"
-
-
-def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CXX", ""))
-    candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
-    found = [command for command in candidates if shutil.which(command[0])]
-    if not found:
-        pytest.skip("no C++ compiler")
-    return found[0]
+from support.native import CUDA, ROOT, compiler
 
 
 # The second is how stacks are switched where the assembler routine does not fit the machine.
@@ -29,10 +15,11 @@ def test_emulated_instructions(switch: list[str], tmp_path: Path) -> None:
     if not CUDA.exists():
         pytest.skip("the source tree is not here")
     program = tmp_path / "emulator"
-    command = [*_compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-DRBM_EMULATED", *switch]
+    command = [*compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-DRBM_EMULATED", *switch]
     command += [f"-I{CUDA}", f"-I{ROOT / 'csrc' / 'include'}", "-o", str(program), "-x", "c++"]
     command += [
-        str(source) for source in (ROOT / "tests" / "emulator.cu", *CUDA.glob("emulated*.cpp"))
+        str(source)
+        for source in (ROOT / "tests" / "native" / "emulator.cu", *CUDA.glob("emulated*.cpp"))
     ]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
     assert compiled.returncode == 0, compiled.stderr

@@ -19,14 +19,16 @@ from typing import Any
 
 import pytest
 import torch
-from support import EMULATED, GPU_BACKENDS, binary, normal, raises, same
+from support.backends import EMULATED, GPU_BACKENDS
+from support.errors import raises
+from support.tensors import binary, normal, same
 from torch import Tensor
 
 import rbm_kernels as rk
 from rbm_kernels import arithmetic, info
 from rbm_kernels.backends import cuda
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 
 built = info.build_info().get("cuda", {}).get("built", False)
@@ -102,7 +104,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = tmp_path_factory.mktemp("operands") / "operands.so"
     command = [*named, "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared"]
     command += ["-DRBM_EMULATED", f"-I{CUDA}", f"-I{ROOT / 'csrc' / 'include'}", "-x", "c++"]
-    command += [str(ROOT / "tests" / "operand_kernels.cu"), str(CUDA / "operands.cu")]
+    command += [str(ROOT / "tests" / "native" / "operand_kernels.cu"), str(CUDA / "operands.cu")]
     command += [*map(str, CUDA.glob("emulated*.cpp")), "-o", str(library)]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
     assert compiled.returncode == 0, compiled.stderr

@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_emulator import CUDA, ROOT, _compiler
+from support.native import CUDA, ROOT, compiler
 
 SOURCES = (
-    ROOT / "tests" / "product_sm90a.cu",
+    ROOT / "tests" / "native" / "product_sm90a.cu",
     *(CUDA / f"{name}.cu" for name in ("half_sweep", "half_sweep_sm90a")),
     *(CUDA / f"{name}.cu" for name in ("gradient", "gradient_sm90a")),
     *CUDA.glob("emulated*.cpp"),
@@ -22,7 +22,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not CUDA.exists():
         pytest.skip("the source tree is not here")
     path = tmp_path_factory.mktemp("product_sm90a") / "product_sm90a"
-    command = [*_compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-DRBM_EMULATED"]
+    command = [*compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-DRBM_EMULATED"]
     command += [f"-I{CUDA}", f"-I{ROOT / 'csrc' / 'include'}", "-o", str(path), "-x", "c++"]
     command += [str(source) for source in SOURCES]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -22,9 +22,9 @@ from rbm_kernels.backends.triton import interpreted
 if interpreted():
     pytest.skip("TRITON_INTERPRET excludes the compiler", allow_module_level=True)
 
-from test_bitwise import operands
+from support.operations import operands
+from support.triton_compiled import Compiled, compiling
 from triton import Config
-from triton_kernels import Compiled, compiling
 
 import rbm_kernels as rk
 from rbm_kernels.backends.triton import tuning

@@ -8,14 +8,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from support import (  # noqa: F401
-    P_VALUE,
-    binary,
-    each_backend,
-    normal,
-    one_thread,
-    same,
-)
+from support.backends import each_backend
+from support.statistics import P_VALUE
+from support.tensors import binary, normal, same
 from torch import Tensor
 
 import rbm_kernels as rk

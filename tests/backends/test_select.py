@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import GPU_BACKENDS, Moved, binary, needs_cpu, normal, raises, same, why_not_on
+from support.backends import GPU_BACKENDS, Moved, needs_cpu, why_not_on
+from support.errors import raises
+from support.tensors import binary, normal, same
 
 import rbm_kernels as rk
 from rbm_kernels import backends
