@@ -1,0 +1,174 @@
+"""What every kind of visible unit must be able to do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+Beta = float | Tensor
+
+
+def exp_neg(x: Tensor) -> Tensor:
+    """``exp(-x)`` by PyTorch, differentiable; ``arithmetic.exp_neg`` is that of the kernels."""
+    return torch.exp(-x)
+
+
+def per_row(beta: Beta) -> Beta:
+    """An inverse temperature that broadcasts over [B, V]: a float, or [B] as a column [B, 1]."""
+    return beta[:, None] if isinstance(beta, Tensor) else beta
+
+
+def per_row_float32(beta: Beta, like: Tensor) -> Tensor:
+    """The same as a float32 tensor, which the arithmetic contract needs."""
+    if isinstance(beta, Tensor):
+        return beta.to(like.device, torch.float32)[:, None]
+    return torch.full((), beta, dtype=torch.float32, device=like.device)
+
+
+class Units(ABC):
+    """A layer of visible units: what depends on their kind, and nothing else.
+
+    Given the hidden units, the visible units are independent, and everything follows from the
+    energy ``E(v, h) = energy(v, b) - given(v)'W h - c'h``. The bias b stays outside, because every
+    kind has one; the parameters that only one kind has, such as a log-variance, are the object's
+    own. An object is made for every call of an operation, so it must cost next to nothing.
+
+    Symbols: v [B, V] states, b [V] visible bias, W [V, H] weights, h [B, H] hidden states, and
+    x = b + W h [B, V], what a unit receives. ``beta`` is an inverse temperature, a float or [B].
+
+    The methods compute in plain PyTorch and are differentiable, except where they say that they
+    follow the arithmetic contract (docs/arithmetic.md): there they yield the kernels' bits.
+
+    Attributes:
+        kind: The name by which a model file and ``RBM(visible=...)`` know these units.
+        label: The name in error messages.
+        continuous: Whether states are real numbers. Their dtype must then be a float dtype, and
+            an inverse temperature must be positive.
+        parameter_names: The names of the parameters that this kind has beside W, b and c.
+        log_var: [V] log-variances for kernels that draw from a normal distribution, else None.
+    """
+
+    __slots__ = ()
+
+    kind: ClassVar[str]
+    label: ClassVar[str]
+    continuous: ClassVar[bool] = False
+    parameter_names: ClassVar[tuple[str, ...]] = ()
+    log_var: Tensor | None
+
+    def parameters(self) -> tuple[tuple[str, Tensor], ...]:
+        """Pairs of name and tensor [V], in the order of ``parameter_names``."""
+        return ()
+
+    def to(self, dtype: torch.dtype) -> Units:
+        """These units with their parameters in another dtype."""
+        return self
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, op: str, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Units]:
+        """The bias and the units of independent units fitted to data.
+
+        Args:
+            op: The calling function, for error messages.
+            v: [N, V] finite data, N of 1 or more, of any dtype.
+            dtype: The float dtype to compute in, float32 or wider.
+
+        Returns:
+            (b, units) whose distribution with W = 0 is the data's.
+
+        Raises:
+            ValueError: Values that such units do not take.
+        """
+
+    def check(self, op: str, name: str, states: Tensor) -> None:
+        """Refuse states that such units do not take.
+
+        Raises:
+            ValueError: Naming the operation, the argument and the values.
+        """
+        return
+
+    @abstractmethod
+    def energy(self, v: Tensor, b: Tensor) -> Tensor:
+        """The part of the energy that the visible units have by themselves, [B]."""
+
+    @abstractmethod
+    def given(self, v: Tensor, exp_neg: Callable[[Tensor], Tensor] = exp_neg) -> Tensor:
+        """What the hidden units see of v, [B, V]: they receive ``c + given(v) W``.
+
+        Args:
+            v: [B, V] states, floating point.
+            exp_neg: ``exp(-x)``; pass ``arithmetic.exp_neg`` for the contract's bits.
+        """
+
+    @abstractmethod
+    def log_partition(self, x: Tensor, b: Tensor) -> Tensor:
+        """The log of the sum, or integral, over one unit's states, [B, V].
+
+        Its terms are exp(-energy(v, b) + given(v)'(x - b)): the sum over the V units is the log
+        of the sum over all v of exp(-E(v, h) - c'h), with x = b + W h.
+        """
+
+    @abstractmethod
+    def mean(self, x: Tensor, beta: Beta = 1.0) -> Tensor:
+        """E[v | h], [B, V], from x = b + W h."""
+
+    @abstractmethod
+    def sample(self, x: Tensor, beta: Beta = 1.0) -> Tensor:
+        """States v drawn given h, [B, V], by PyTorch's own generator."""
+
+    @abstractmethod
+    def draw(self, x: Tensor, words: Tensor, beta: Beta = 1.0) -> tuple[Tensor, Tensor]:
+        """States drawn from given random words under the arithmetic contract.
+
+        Args:
+            x: [B, V] float32.
+            words: [B, N] from ``arithmetic.random_words``, N even and at least V.
+            beta: Inverse temperature, a float or [B].
+
+        Returns:
+            The states and their means, both [B, V] float32.
+        """
+
+    @abstractmethod
+    def gradients(
+        self,
+        grad_W: Tensor,
+        grad_b: Tensor,
+        data: Tensor,
+        chains: Tensor,
+        W: Tensor,
+        b: Tensor,
+        exp_neg: Callable[[Tensor], Tensor] = exp_neg,
+    ) -> tuple[Tensor, ...]:
+        """From differences of averages to the gradient of the mean negative log-likelihood.
+
+        Args:
+            grad_W: [V, H] <v p(h|v)> of the chains less that of the data.
+            grad_b: [V] <v> of the chains less that of the data.
+            data: [B, V] states.
+            chains: [N, V] states.
+            W: [V, H].
+            b: [V].
+            exp_neg: ``exp(-x)``; pass ``arithmetic.exp_neg`` for the contract's bits.
+
+        Returns:
+            The gradients of W, of b, and of each of ``parameters()``.
+        """
+
+    @abstractmethod
+    def energy_backward(self, grad: Tensor, v: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of ``energy`` for v, b and each of ``parameters()``, given its own [B]."""
+
+    @abstractmethod
+    def given_backward(self, grad: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of ``given`` for v and each of ``parameters()``, given its own [B, V]."""
+
+    @abstractmethod
+    def mean_backward(self, grad: Tensor, mean: Tensor, beta: Beta = 1.0) -> Tensor:
+        """The gradient of ``mean`` for x, given its own and its result, both [B, V]."""
