@@ -42,7 +42,6 @@ from .joint_objective import (
     JointHeads,
     JointObjective,
     collate_captions,
-    rbm_reconstructors,
     seed_for,
 )
 
@@ -662,7 +661,6 @@ def _save_checkpoint(run: _Run) -> None:
         "scheduler": run.scheduler.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "generators": generators,
-        "half_sweeps": [part.half_sweeps for part in rbm_reconstructors(run.objective.gated)],
         "log_bytes": (run.folder / LOG_FILE).stat().st_size,
         **{name: getattr(run, name) for name in _PROGRESS},
     }
@@ -710,9 +708,6 @@ def _load_checkpoint(run: _Run) -> None:
         run.accelerator.scaler.load_state_dict(content["scaler"])
     for name in _PROGRESS:
         setattr(run, name, content[name])
-    parts = rbm_reconstructors(run.objective.gated)
-    for part, half_sweeps in zip(parts, content["half_sweeps"], strict=True):
-        part.half_sweeps = half_sweeps
     cpu, *cuda = content["generators"][run.accelerator.process_index]
     torch.set_rng_state(cpu)
     for state in cuda:

@@ -38,6 +38,10 @@ class RBMReconstructor(nn.Module):
         fused: Compute mean fields with :func:`rbm_kernels.sample_hidden` and
             :func:`rbm_kernels.sample_visible`, whose sums are the same bits on every device.
 
+    Attributes:
+        half_sweeps: How many half-sweeps were drawn in training mode, int64 []. A buffer, so that
+            a training that goes on from a checkpoint goes on with the draws.
+
     Raises:
         TypeError: ``rbm`` is no :class:`rbm_kernels.RBM`.
         ValueError: Bernoulli visible units, an unknown mode, or k below 1.
@@ -47,6 +51,8 @@ class RBMReconstructor(nn.Module):
         >>> reconstruct(torch.zeros(5, 4)).shape
         torch.Size([5, 4])
     """
+
+    half_sweeps: Tensor
 
     def __init__(
         self,
@@ -76,7 +82,11 @@ class RBMReconstructor(nn.Module):
         self.k = k
         self.seed = seed
         self.fused = fused
-        self.half_sweeps = 0  # drawn so far in training mode
+        self.register_buffer("half_sweeps", torch.zeros((), dtype=torch.int64))
+
+    def reset_parameters(self) -> None:
+        """Draw from the start again; the RBM resets itself."""
+        nn.init.zeros_(self.half_sweeps)
 
     @property
     def n_visible(self) -> int:
@@ -99,7 +109,7 @@ class RBMReconstructor(nn.Module):
         with torch.no_grad():
             states = gibbs_sample(
                 z, rbm.W, rbm.b, rbm.c, self.k, log_var=rbm.log_var,
-                seed=(self.seed, self.half_sweeps),
+                seed=(self.seed, int(self.half_sweeps)),
             )  # fmt: skip
         if self.training:
             self.half_sweeps += 2 * self.k

@@ -266,6 +266,9 @@ def test_gibbs_draws() -> None:
     reconstruct.train()
     assert torch.equal(reconstruct(z), expected)
     assert torch.equal(reconstruct(z), rbm.sample(chains=z, k=2, seed=(5, 4)))
+    again = RBMReconstructor(gaussian_rbm(seed=1), "gibbs", k=2, seed=5)
+    again.load_state_dict(reconstruct.state_dict())
+    assert torch.equal(again(z), rbm.sample(chains=z, k=2, seed=(5, 8))), "draws must go on"
 
 
 def test_vision_outputs() -> None:
@@ -381,6 +384,8 @@ def test_stock_checkpoint_into_ours(cls: str, tmp_path: Path) -> None:
     residual = ours.vision_model.rbm
     assert not residual.gate.any() and not residual.mean.any() and bool((residual.scale == 1).all())
     for module in residual.modules():
+        if isinstance(module, RBMReconstructor):
+            assert module.half_sweeps == 0
         if isinstance(module, RBM):
             assert module.W.shape == (WIDTH, 200)
             assert module.W.std().item() == pytest.approx(0.01, rel=0.1)
