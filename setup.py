@@ -33,6 +33,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"  # the one folder that includes are relative to
 X86 = ("x86_64", "AMD64", "amd64")
 
 # The instruction sets that csrc/cpu/isa.cpp is compiled for: name, machines, flags. RBM_ISA_<NAME>
@@ -146,6 +147,11 @@ def shared_library_flags() -> list[str]:
     return ["-shared"]
 
 
+def object_of(source: Path, objects: Path) -> Path:
+    """Where a source's object file goes: at the source's own path, as names repeat in folders."""
+    return objects / f"{source.relative_to(CSRC)}.o"
+
+
 def compile_cxx(cxx: list[str], flags: list[str], source: Path, output: Path) -> Step:
     # What the environment adds comes first, so that our flags have the last word.
     command = [*cxx, *shlex.split(os.environ.get("CXXFLAGS", "")), *CXX_FLAGS, *flags]
@@ -160,12 +166,10 @@ def plan_cpu(objects: Path, output: Path) -> Plan:
     Raises:
         Unavailable: if there is nothing to build it with, or from.
     """
-    folder = ROOT / "csrc" / "cpu"
-    sources = sorted(folder.glob("*.cpp"))
+    sources = sorted((CSRC / "cpu").rglob("*.cpp"))
     if not sources:
         raise Unavailable("csrc/cpu holds no sources")
     cxx = find_cxx()
-    includes = [f"-I{ROOT / 'csrc' / 'include'}"]
     openmp = ["-fopenmp"]
     # torch ships an OpenMP runtime of the same name (libgomp.so.1) and is imported first, so this
     # module shares torch's threads. Apple's clang has no OpenMP; one thread serves there.
@@ -189,7 +193,7 @@ def plan_cpu(objects: Path, output: Path) -> Plan:
 
     steps = []
     for source in sources:
-        flags = [*includes, *openmp, *have]
+        flags = [f"-I{CSRC}", *openmp, *have]
         if source.name == "isa.cpp":
             for name, isa_flags in built:
                 flags_of_isa = [*flags, *isa_flags, f"-DRBM_ISA_{name.upper()}"]
@@ -197,7 +201,7 @@ def plan_cpu(objects: Path, output: Path) -> Plan:
             continue
         if source.name == "module.cpp":
             flags += python_includes()
-        steps.append(compile_cxx(cxx, flags, source, objects / f"{source.stem}.o"))
+        steps.append(compile_cxx(cxx, flags, source, object_of(source, objects)))
     link = [*cxx, *shared_library_flags(), *shlex.split(os.environ.get("LDFLAGS", ""))]
     link += ["-o", str(output), *(step.output for step in steps), *openmp]
     info: dict[str, Any] = {
@@ -249,16 +253,13 @@ def cuda_archs() -> list[str]:
     return archs
 
 
-CUDA_FOLDER = ROOT / "csrc" / "cuda"
-
-
 def cuda_sources() -> list[Path]:
     """The kernels of csrc/cuda.
 
     Raises:
         Unavailable: if there are none.
     """
-    kernels = sorted(CUDA_FOLDER.glob("*.cu"))
+    kernels = sorted((CSRC / "cuda").rglob("*.cu"))
     if not kernels:
         raise Unavailable("csrc/cuda holds no sources")
     return kernels
@@ -275,7 +276,7 @@ def plan_cuda(objects: Path, output: Path) -> Plan:
     nvcc = find_nvcc()
     library = cuda_library_folder(nvcc)
     cxx = find_cxx()
-    include = f"-I{ROOT / 'csrc' / 'include'}"
+    include = f"-I{CSRC}"
 
     # Code for each architecture, and PTX of the last for GPUs that are newer than all of them.
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
@@ -283,18 +284,16 @@ def plan_cuda(objects: Path, output: Path) -> Plan:
     hopper = ["-gencode=arch=compute_90a,code=sm_90a"]
     host = ["-ccbin", cxx[0]] if os.environ.get("CXX") and len(cxx) == 1 else []
     steps = []
-    for source in sorted(CUDA_FOLDER.glob("*.cpp")):
-        if source.stem.startswith("emulated"):
-            continue
+    for source in sorted((CSRC / "cuda").rglob("*.cpp")):
         flags = [include, *python_includes()] if source.name == "module.cpp" else [include]
-        steps.append(compile_cxx(cxx, flags, source, objects / f"{source.stem}.o"))
+        steps.append(compile_cxx(cxx, flags, source, object_of(source, objects)))
     for source in kernels:
-        target = objects / f"{source.stem}.cu.o"
+        target = object_of(source, objects)
         code = hopper if source.stem.endswith("_sm90a") else codes
         command = [nvcc, *host, *NVCC_FLAGS, *code, include, "-MD", "-MF", f"{target}.d"]
         command += ["-c", str(source), "-o", str(target)]
         # ptxas tells registers and spills; they are kept beside the object files.
-        log = str(objects / f"{source.stem}.ptxas.txt")
+        log = f"{target}.ptxas.txt"
         steps.append(Step(str(source), str(target), command, f"{target}.d", log))
     link = [*cxx, *shared_library_flags(), *shlex.split(os.environ.get("LDFLAGS", ""))]
     link += ["-o", str(output), *(step.output for step in steps)]
@@ -312,16 +311,17 @@ def plan_cuda_emulated(objects: Path, output: Path) -> Plan:
         Unavailable: if there is nothing to build it with, or from.
     """
     cxx = find_cxx()
-    flags = ["-DRBM_EMULATED", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc' / 'include'}"]
+    flags = ["-DRBM_EMULATED", "-Wno-unknown-pragmas", f"-I{CSRC}"]
     # For std::fma as one instruction. The module is run where it was built.
     runs_here = 'int main() { return __builtin_cpu_supports("fma") ? 0 : 1; }\n'
     if platform.machine() in X86 and runs(cxx, ["-mfma"], runs_here):
         flags.append("-mfma")
     steps = []
-    for source in [*cuda_sources(), *sorted(CUDA_FOLDER.glob("*.cpp"))]:
+    cpp = sorted([*(CSRC / "cuda").rglob("*.cpp"), *(CSRC / "emulator").rglob("*.cpp")])
+    for source in [*cuda_sources(), *cpp]:
         includes = python_includes() if source.name == "module.cpp" else []
         language = ["-x", "c++"] if source.suffix == ".cu" else []
-        target = objects / f"{source.name}.o"
+        target = object_of(source, objects)
         steps.append(compile_cxx(cxx, [*flags, *includes, *language], source, target))
     link = [*cxx, *shared_library_flags(), *shlex.split(os.environ.get("LDFLAGS", ""))]
     link += ["-o", str(output), *(step.output for step in steps)]

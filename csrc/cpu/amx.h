@@ -5,7 +5,7 @@
 // processor without AMX runs and tests everything else here.
 #pragma once
 
-#include "rows.h"
+#include "cpu/rows.h"
 
 namespace rbm {
 namespace {

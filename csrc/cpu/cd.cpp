@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "sample.h"
+#include "cpu/sample.h"
 
 namespace rbm {
 namespace {

@@ -6,7 +6,7 @@
 #include <unistd.h>
 #endif
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace rbm {
 namespace {

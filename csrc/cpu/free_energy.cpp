@@ -1,7 +1,7 @@
 // Free energies: a product whose epilogue sums softplus, so that no [B, H] matrix is written.
 #include <algorithm>
 
-#include "sample.h"
+#include "cpu/sample.h"
 
 namespace rbm {
 

@@ -1,7 +1,7 @@
 // k sweeps of block Gibbs sampling.
 #include <cstring>
 
-#include "sample.h"
+#include "cpu/sample.h"
 
 namespace rbm {
 

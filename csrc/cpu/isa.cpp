@@ -1,36 +1,36 @@
 // The CPU kernels, compiled once per instruction set: the products, and what is done with each
 // tile of 16 units of a product before it leaves the cache.
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 // clang-format off: the vectors come first, everything else is written in their terms.
 #if defined(RBM_ISA_AVX512)
-#include "simd_avx512.h"
+#include "cpu/simd_avx512.h"
 #define RBM_TABLE kAvx512Kernels
 #define RBM_NAME "avx512"
 #elif defined(RBM_ISA_AMX)
-#include "simd_avx512.h"
+#include "cpu/simd_avx512.h"
 #define RBM_TABLE kAmxKernels
 #define RBM_NAME "amx"
 #elif defined(RBM_ISA_AMX_EMULATED)
-#include "simd_avx512.h"
+#include "cpu/simd_avx512.h"
 #define RBM_TABLE kAmxEmulatedKernels
 #define RBM_NAME "amx_emulated"
 #elif defined(RBM_ISA_AVX2)
-#include "simd_avx2.h"
+#include "cpu/simd_avx2.h"
 #define RBM_TABLE kAvx2Kernels
 #define RBM_NAME "avx2"
 #else
-#include "simd_plain.h"
+#include "cpu/simd_plain.h"
 #define RBM_TABLE kPlainKernels
 #define RBM_NAME "plain"
 #endif
 
 #if defined(RBM_ISA_AMX) || defined(RBM_ISA_AMX_EMULATED)
-#include "amx.h"
+#include "cpu/amx.h"
 #else
-#include "lookup.h"
+#include "cpu/lookup.h"
 #endif
-#include "real.h"
+#include "cpu/real.h"
 // clang-format on
 
 #include <cstdlib>

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "rbm/philox.h"
+#include "include/rbm/philox.h"
 
 namespace rbm {
 

@@ -6,7 +6,7 @@
 // of 96 multiply-adds, whatever the number of digits of the weights.
 #pragma once
 
-#include "rows.h"
+#include "cpu/rows.h"
 
 namespace rbm {
 namespace {

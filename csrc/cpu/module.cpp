@@ -1,7 +1,7 @@
 // Python's view of the cpu backend: addresses, sizes and strides in, a status out. No torch here.
 #include <pybind11/pybind11.h>
 
-#include "operations.h"
+#include "cpu/operations.h"
 
 namespace py = pybind11;
 using namespace rbm;

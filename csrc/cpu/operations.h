@@ -2,7 +2,7 @@
 // are not finite; nothing has been written to the caller's memory then.
 #pragma once
 
-#include "states.h"
+#include "cpu/states.h"
 
 namespace rbm {
 

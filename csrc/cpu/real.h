@@ -1,7 +1,7 @@
 // Products with a real left operand, both operands in fixed point.
 #pragma once
 
-#include "rows.h"
+#include "cpu/rows.h"
 
 namespace rbm {
 namespace {

@@ -1,7 +1,7 @@
 // The right operand of a product as rows of integers, and what every product shares.
 #pragma once
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace rbm {
 namespace {

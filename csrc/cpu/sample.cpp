@@ -1,5 +1,5 @@
 // One half-sweep, and what the longer operations share with it.
-#include "sample.h"
+#include "cpu/sample.h"
 
 #include <cmath>
 

@@ -1,7 +1,7 @@
 // The parameters of one call, made ready for half-sweeps.
 #pragma once
 
-#include "operations.h"
+#include "cpu/operations.h"
 
 namespace rbm {
 

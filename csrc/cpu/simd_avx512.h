@@ -3,8 +3,8 @@
 
 #include <immintrin.h>
 
-#include "rbm/math.h"
-#include "rbm/philox.h"
+#include "include/rbm/math.h"
+#include "include/rbm/philox.h"
 
 namespace rbm {
 

@@ -2,8 +2,8 @@
 // The other simd_*.h offer the same names.
 #pragma once
 
-#include "rbm/math.h"
-#include "rbm/philox.h"
+#include "include/rbm/math.h"
+#include "include/rbm/philox.h"
 
 namespace rbm {
 

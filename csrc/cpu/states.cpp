@@ -1,4 +1,4 @@
-#include "states.h"
+#include "cpu/states.h"
 
 #include <algorithm>
 #include <cstring>

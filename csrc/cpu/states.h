@@ -7,8 +7,8 @@
 #include <new>
 #include <utility>
 
-#include "kernels.h"
-#include "rbm/fixed_point.h"
+#include "cpu/kernels.h"
+#include "include/rbm/fixed_point.h"
 
 namespace rbm {
 

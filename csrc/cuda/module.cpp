@@ -3,7 +3,7 @@
 // emulated build (RBM_EMULATED) is the same module for a CPU.
 #include <pybind11/pybind11.h>
 
-#include "operations.h"
+#include "cuda/ops/operations.h"
 
 namespace py = pybind11;
 using namespace rbm::cuda;

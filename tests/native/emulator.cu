@@ -1,5 +1,5 @@
 // Tests of the emulated GPU: small kernels against plain loops, and misuse that it must report.
-// Built and run by test_emulator.py. Ends with status 1 where a check failed.
+// Built and run by test_native.py. Ends with status 1 where a check failed.
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "device.h"
-#include "hopper.h"
+#include "cuda/arch/device.h"
+#include "cuda/arch/hopper.h"
 
 using namespace rbm::cuda;
 

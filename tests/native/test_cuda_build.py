@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support import native
 
 from rbm_kernels import info
 
-SOURCES = Path(__file__).parents[2] / "csrc"
 kernels = info.build_info().get("cuda", {}).get("kernels", [])
 
 
@@ -44,18 +44,13 @@ def test_other_architectures_compile_without_spills(tmp_path: Path) -> None:
 
     def compile_source(source: Path) -> str:
         command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-Xptxas=-v", *codes]
-        command += [
-            f"-I{SOURCES / 'include'}",
-            "-c",
-            str(source),
-            "-o",
-            str(tmp_path / source.stem),
-        ]
+        command += [f"-I{native.CSRC}", "-c", str(source), "-o", str(tmp_path / source.stem)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    sources = [s for s in (SOURCES / "cuda").glob("*.cu") if not s.stem.endswith("_sm90a")]
+    all_sources = (native.CSRC / "cuda").rglob("*.cu")
+    sources = [source for source in all_sources if not source.stem.endswith("_sm90a")]
     with ThreadPoolExecutor(2) as pool:
         words = "".join(pool.map(compile_source, sources))
     for arch in architectures:

@@ -1,7 +1,7 @@
 // Real numbers as integers times a power of two, and their signed base-256 digits.
 #pragma once
 
-#include "rbm/math.h"
+#include "include/rbm/math.h"
 
 namespace rbm {
 

@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "rbm/platform.h"
+#include "include/rbm/platform.h"
 
 namespace rbm {
 

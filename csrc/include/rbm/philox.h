@@ -2,7 +2,7 @@
 // counter that every backend of this package gives it.
 #pragma once
 
-#include "rbm/platform.h"
+#include "include/rbm/platform.h"
 
 namespace rbm {
 
