@@ -3,59 +3,26 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import textbook
+from .files import WEIGHTS_FILE, HubMixin, SavedModel, pretrained_file, read_model, write_model
 from .ops.cd import cd_loss, cd_step
 from .ops.free_energy import free_energy
 from .ops.gibbs import gibbs_sample
 from .ops.sample import sample_hidden, sample_visible
 from .seeds import Seed
+from .units import KINDS, Units
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .ops.cd import CDStep
-
-try:
-    from huggingface_hub import PyTorchModelHubMixin as _HubMixin
-except ImportError:
-
-    class _HubMixin:  # type: ignore[no-redef]
-        """Stands in for the mixin, and says at first use what to install."""
-
-        def __init_subclass__(cls, **kwargs: Any) -> None:
-            super().__init_subclass__()
-
-        def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-            raise _hub_is_missing("save_pretrained")
-
-        @classmethod
-        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-            raise _hub_is_missing("from_pretrained")
-
-        def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-            raise _hub_is_missing("push_to_hub")
-
-
-FORMAT_VERSION = 1
-_VISIBLE_KINDS = ("bernoulli", "gaussian")
-_METADATA_KEYS = ("rbm_kernels_format", "visible", "hidden", "n_visible", "n_hidden")
-_WEIGHTS_FILE = "model.safetensors"
-
-
-def _hub_is_missing(method: str) -> ImportError:
-    return ImportError(
-        f"RBM.{method}: needs the package huggingface_hub, which is not installed; "
-        "install it with `pip install 'rbm-kernels[hub]'`"
-    )
 
 
 def _later(seed: Seed | None, half_sweeps: int) -> Seed | None:
@@ -69,7 +36,7 @@ def _later(seed: Seed | None, half_sweeps: int) -> Seed | None:
 
 class RBM(
     nn.Module,
-    _HubMixin,
+    HubMixin,
     library_name="rbm-kernels",
     license="apache-2.0",
     tags=["rbm", "energy-based-model"],
@@ -139,8 +106,8 @@ class RBM(
         for name, size in (("n_visible", n_visible), ("n_hidden", n_hidden)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"RBM: {name} must be an int of 1 or more, got {size!r}")
-        if visible not in _VISIBLE_KINDS:
-            raise ValueError(f"RBM: visible must be one of {_VISIBLE_KINDS}, got {visible!r}")
+        if visible not in KINDS:
+            raise ValueError(f"RBM: visible must be one of {tuple(KINDS)}, got {visible!r}")
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise TypeError(f"RBM: dtype must be a float dtype, got {dtype}")
@@ -160,16 +127,22 @@ class RBM(
         self.W = empty(n_visible, n_hidden)
         self.b = empty(n_visible)
         self.c = empty(n_hidden)
-        self.register_parameter("log_var", empty(n_visible) if visible == "gaussian" else None)
+        for kind in KINDS.values():
+            for name in kind.parameter_names:
+                own = name in KINDS[visible].parameter_names
+                self.register_parameter(name, empty(n_visible) if own else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw ``W ~ N(0, 0.01^2)`` and set the biases and log-variances to zero."""
-        nn.init.normal_(self.W, std=0.01)
-        nn.init.zeros_(self.b)
-        nn.init.zeros_(self.c)
-        if self.log_var is not None:
-            nn.init.zeros_(self.log_var)
+        for name, parameter in self.named_parameters():
+            nn.init.normal_(parameter, std=0.01) if name == "W" else nn.init.zeros_(parameter)
+
+    @property
+    def units(self) -> Units:
+        """The visible units: what depends on their kind."""
+        kind = KINDS[self.visible]
+        return kind(*(getattr(self, name) for name in kind.parameter_names))
 
     @torch.no_grad()
     def initialize_from_data(self, v: Tensor) -> Self:
@@ -194,27 +167,15 @@ class RBM(
                 f"initialize_from_data: v must be [N, V] = [N, {self.n_visible}], "
                 f"got {list(v.shape)}"
             )
-        count = v.shape[0]
-        if count < 1:
+        if v.shape[0] < 1:
             raise ValueError("initialize_from_data: v must have 1 or more rows, got 0")
         if v.is_floating_point() and not bool(torch.isfinite(v).all()):
             raise ValueError("initialize_from_data: v must be finite, got NaN or infinity")
         wide = torch.promote_types(self.b.dtype, torch.float32)
-        if self.log_var is None:
-            if v.dtype != torch.bool and (bool((v < 0).any()) or bool((v > 1).any())):
-                raise ValueError(
-                    "initialize_from_data: v must lie in [0, 1] for Bernoulli units, "
-                    f"got values from {v.min().item():g} to {v.max().item():g}"
-                )
-            on = v.sum(0, dtype=wide)
-            self.b.copy_(torch.log((on + 0.5) / (count - on + 0.5)))
-        else:
-            data = v.to(wide)
-            variance, mean = torch.var_mean(data, dim=0, correction=0)
-            # Rounding can leave a constant unit a variance of the order of (eps * mean)^2.
-            constant = variance <= (4 * torch.finfo(wide).eps * mean).square()
-            self.b.copy_(mean)
-            self.log_var.copy_(torch.where(constant, 1.0, variance).log())
+        b, units = KINDS[self.visible].fit("initialize_from_data", v, wide)
+        self.b.copy_(b)
+        for name, value in units.parameters():
+            getattr(self, name).copy_(value)
         return self
 
     @classmethod
@@ -238,10 +199,7 @@ class RBM(
 
     def forward(self, v: Tensor) -> Tensor:
         """The probabilities p(h = 1 | v) [B, H] of data [B, V]: plain, differentiable PyTorch."""
-        v = v.to(self.W.dtype)
-        if self.log_var is not None:
-            v = v * torch.exp(-self.log_var)
-        return torch.sigmoid(v @ self.W + self.c)
+        return textbook.hidden_mean(v.to(self.W.dtype), self.W, self.c, self.units)
 
     def reconstruct(self, v: Tensor, *, sampled: bool = False, **draw: Any) -> Tensor:
         """Data passed to the hidden layer and back.
@@ -261,8 +219,7 @@ class RBM(
             raise TypeError(
                 f"reconstruct: {sorted(draw)} have a meaning only with sampled=True, got False"
             )
-        mean = self(v) @ self.W.t() + self.b
-        return mean if self.log_var is not None else torch.sigmoid(mean)
+        return textbook.visible_mean(self(v), self.W, self.b, self.units)
 
     def free_energy(self, v: Tensor, **options: Any) -> Tensor:
         """Free energies F(v) [B] of data [B, V]; see :func:`rbm_kernels.free_energy`."""
@@ -363,31 +320,9 @@ class RBM(
         Raises:
             ValueError: ``metadata`` uses a name that the format keeps for itself.
         """
-        header = {
-            "format": "pt",
-            "rbm_kernels_format": str(FORMAT_VERSION),
-            "visible": self.visible,
-            "hidden": "bernoulli",
-            "n_visible": str(self.n_visible),
-            "n_hidden": str(self.n_hidden),
-        }
-        for name in metadata or {}:
-            if name in header:
-                raise ValueError(f"save: metadata must not contain {name!r}, which is reserved")
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.named_parameters()}
-        target = Path(path)
-        handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, scratch, metadata={**header, **(metadata or {})})
-            # mkstemp makes the file private; a model is as readable as any new file.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(scratch, 0o666 & ~umask)
-            os.replace(scratch, target)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+        tensors = dict(self.named_parameters())
+        saved = SavedModel(self.visible, self.n_visible, self.n_hidden, tensors)
+        write_model(path, saved, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Self:
@@ -402,44 +337,17 @@ class RBM(
             ValueError: Not a safetensors file, not one of an RBM, of a newer format, or with
                 tensors that are missing, unknown, or of the wrong shape or dtype.
         """
-        path = os.fspath(path)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"load: path must be a model file, got {path!r}")
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"load: {path!r} is not a safetensors file: {error}") from error
-        visible, n_visible, n_hidden = _read_header(path, header)
-        shapes = {"W": [n_visible, n_hidden], "b": [n_visible], "c": [n_hidden]}
-        if visible == "gaussian":
-            shapes["log_var"] = [n_visible]
-        if set(tensors) != set(shapes):
-            raise ValueError(
-                f"load: {path!r} must hold the tensors {sorted(shapes)}, got {sorted(tensors)}"
-            )
-        dtype = tensors["W"].dtype
-        for name, shape in shapes.items():
-            tensor = tensors[name]
-            if list(tensor.shape) != shape:
-                raise ValueError(
-                    f"load: {name} in {path!r} must be {shape}, got {list(tensor.shape)}"
-                )
-            if tensor.dtype != dtype or not dtype.is_floating_point:
-                raise ValueError(
-                    f"load: the tensors in {path!r} must share one float dtype, "
-                    f"got W {dtype} and {name} {tensor.dtype}"
-                )
+        saved = read_model(path)
         with torch.device("meta"):  # no weights are drawn only to be overwritten
-            model = cls(n_visible, n_hidden, visible, dtype=dtype)
+            dtype = saved.tensors["W"].dtype
+            model = cls(saved.n_visible, saved.n_hidden, saved.visible, dtype=dtype)
         model = model.to_empty(device=device)
-        model.load_state_dict(tensors)
+        model.load_state_dict(saved.tensors)
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """The hub's hook: our own file, so that its header carries the unit types."""
-        self.save(Path(save_directory) / _WEIGHTS_FILE)
+        self.save(Path(save_directory) / WEIGHTS_FILE)
 
     @classmethod
     def _from_pretrained(
@@ -455,52 +363,14 @@ class RBM(
         **model_kwargs: Any,
     ) -> Self:
         """The hub's hook: reads a folder or downloads the file, whose header decides."""
-        if os.path.isdir(model_id):
-            file = os.path.join(model_id, _WEIGHTS_FILE)
-        else:
-            from huggingface_hub import hf_hub_download
-
-            file = hf_hub_download(
-                repo_id=model_id,
-                filename=_WEIGHTS_FILE,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                token=token,
-                local_files_only=local_files_only,
-            )
+        file = pretrained_file(
+            model_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            token=token,
+            local_files_only=local_files_only,
+        )
         model = cls.load(file, device=model_kwargs.get("device") or map_location)
         dtype = model_kwargs.get("dtype")
         return model if dtype is None else model.to(dtype)
-
-
-def _read_header(path: str, header: Mapping[str, str]) -> tuple[str, int, int]:
-    """Check a file's metadata and return (kind of visible units, V, H)."""
-    if "rbm_kernels_format" not in header:
-        raise ValueError(
-            f"load: {path!r} is not an RBM file: its metadata must name 'rbm_kernels_format', "
-            f"got {sorted(header)}"
-        )
-    missing = [key for key in _METADATA_KEYS if key not in header]
-    if missing:
-        raise ValueError(f"load: the metadata of {path!r} must name {missing}, got {dict(header)}")
-    try:
-        version, n_visible, n_hidden = (
-            int(header[key]) for key in ("rbm_kernels_format", "n_visible", "n_hidden")
-        )
-    except ValueError:
-        raise ValueError(
-            f"load: the format and sizes in the metadata of {path!r} must be whole numbers, "
-            f"got {dict(header)}"
-        ) from None
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"load: {path!r} must be of format {FORMAT_VERSION}, got {version}; "
-            "a newer rbm-kernels may read it"
-        )
-    if header["visible"] not in _VISIBLE_KINDS or header["hidden"] != "bernoulli":
-        raise ValueError(
-            f"load: {path!r} must have visible units of {_VISIBLE_KINDS} and Bernoulli hidden "
-            f"units, got {header['visible']!r} and {header['hidden']!r}"
-        )
-    return header["visible"], n_visible, n_hidden

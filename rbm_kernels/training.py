@@ -6,9 +6,7 @@ it also shows how to write one's own.
 
 from __future__ import annotations
 
-import os
 import signal
-import tempfile
 import threading
 import time
 import zlib
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import likelihood
+from .files import write_atomically as write_atomically
 from .ops.cd import cd_step
 from .ops.free_energy import free_energy
 from .rbm import RBM
@@ -393,22 +392,6 @@ def load_checkpoint(path: Path, data: Tensor, **changes: Any) -> Run:
             )
         },
     )  # fmt: skip
-
-
-def write_atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Call `write` with a temporary file beside `path`, then put that in its place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        # mkstemp makes the file private; these are ordinary files.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _fingerprint(data: Tensor) -> dict[str, Any]:

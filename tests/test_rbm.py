@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rbm_kernels
-from rbm_kernels import RBM
+from rbm_kernels import RBM, files
 
 KINDS = ("bernoulli", "gaussian")
 
@@ -373,7 +373,7 @@ def test_a_failed_save_keeps_the_earlier_file(tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules[RBM.__module__], "save_file", interrupted)
+    monkeypatch.setattr(files, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_model("gaussian").save(path)
     assert path.read_bytes() == before

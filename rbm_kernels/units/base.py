@@ -29,6 +29,11 @@ def per_row_float32(beta: Beta, like: Tensor) -> Tensor:
     return torch.full((), beta, dtype=torch.float32, device=like.device)
 
 
+def tempered(x: Tensor, beta: Beta) -> Tensor:
+    """beta x of rows x [B, V], without a pass over x at the usual temperature 1."""
+    return x if isinstance(beta, float) and beta == 1.0 else per_row(beta) * x
+
+
 class Units(ABC):
     """A layer of visible units: what depends on their kind, and nothing else.
 
@@ -119,8 +124,8 @@ class Units(ABC):
         """E[v | h], [B, V], from x = b + W h."""
 
     @abstractmethod
-    def sample(self, x: Tensor, beta: Beta = 1.0) -> Tensor:
-        """States v drawn given h, [B, V], by PyTorch's own generator."""
+    def sample(self, mean: Tensor, beta: Beta = 1.0) -> Tensor:
+        """States of these means [B, V], drawn by PyTorch's own generator."""
 
     @abstractmethod
     def draw(self, x: Tensor, words: Tensor, beta: Beta = 1.0) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rbm_kernels import arithmetic
 
-from .base import Beta, Units, exp_neg, per_row, per_row_float32
+from .base import Beta, Units, exp_neg, per_row_float32, tempered
 
 # Above this, softplus(x) is x to full float64 precision: exp(-40) is below half a last place.
 _SOFTPLUS_LINEAR = 40.0
@@ -54,11 +54,10 @@ class Bernoulli(Units):
         return F.softplus(x, threshold=_SOFTPLUS_LINEAR)
 
     def mean(self, x: Tensor, beta: Beta = 1.0) -> Tensor:
-        return torch.sigmoid(per_row(beta) * x)
+        return torch.sigmoid(tempered(x, beta))
 
-    def sample(self, x: Tensor, beta: Beta = 1.0) -> Tensor:
-        p = self.mean(x, beta)
-        return torch.rand_like(p).lt_(p)
+    def sample(self, mean: Tensor, beta: Beta = 1.0) -> Tensor:
+        return torch.rand_like(mean).lt_(mean)
 
     def draw(self, x: Tensor, words: Tensor, beta: Beta = 1.0) -> tuple[Tensor, Tensor]:
         x = per_row_float32(beta, x) * x
@@ -85,4 +84,4 @@ class Bernoulli(Units):
         return (grad,)
 
     def mean_backward(self, grad: Tensor, mean: Tensor, beta: Beta = 1.0) -> Tensor:
-        return grad * mean * (1 - mean) * per_row(beta)
+        return tempered(grad * mean * (1 - mean), beta)

@@ -68,8 +68,9 @@ class Gaussian(Units):
     def mean(self, x: Tensor, beta: Beta = 1.0) -> Tensor:
         return x
 
-    def sample(self, x: Tensor, beta: Beta = 1.0) -> Tensor:
-        return x + torch.randn_like(x) * torch.exp(0.5 * self.log_var) / per_row(beta) ** 0.5
+    def sample(self, mean: Tensor, beta: Beta = 1.0) -> Tensor:
+        deviation = torch.exp(0.5 * self.log_var) / per_row(beta) ** 0.5
+        return torch.randn_like(mean).mul_(deviation).add_(mean)
 
     def draw(self, x: Tensor, words: Tensor, beta: Beta = 1.0) -> tuple[Tensor, Tensor]:
         noise = arithmetic.normal(words)[:, : x.shape[1]]

@@ -19,7 +19,19 @@ def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("tensor(")
 
 
-@pytest.mark.parametrize("module", ["ops.sample", "ops.gibbs", "ops.free_energy", "ops.cd", "rbm"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "ops.sample",
+        "ops.gibbs",
+        "ops.free_energy",
+        "ops.cd",
+        "rbm",
+        "textbook",
+        "units.bernoulli",
+        "units.gaussian",
+    ],
+)
 def test_docstrings(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"rbm_kernels.{module}"))
     assert result.attempted > 0

@@ -50,7 +50,7 @@ def _numbers(*shape: int, seed: int = 0) -> Tensor:
 def _rows(units: Units, n: int = 7, seed: int = 5) -> Tensor:
     """States [n, 3] that such units take."""
     torch.manual_seed(seed)
-    return units.sample(_numbers(3, seed=11).expand(n, 3))
+    return units.sample(units.mean(_numbers(3, seed=11).expand(n, 3)))
 
 
 def _log_terms(case: Kind, x: Tensor, b: Tensor, unit: int, beta: float = 1.0) -> Tensor:
@@ -101,7 +101,7 @@ def test_samples_have_the_moments_of_the_states(case: Kind, how: str, beta: floa
     betas = torch.full((n,), beta)  # one a row, as of parallel chains
     if how == "sample":
         torch.manual_seed(0)
-        v = case.units.sample(rows, betas.double())
+        v = case.units.sample(case.units.mean(rows, betas.double()), betas.double())
     else:
         words = arithmetic.random_words(torch.tensor([3, 0]), 0, torch.arange(n), 4)
         v, mean = case.units.draw(rows.float(), words, betas)
