@@ -25,7 +25,7 @@ NATIVE_SOURCES := find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -
 # With the CUDA kernels compiled for the CPU as well, which is how they are tested without a GPU.
 .venv/test.stamp: .venv/bin/python $(SOURCES)
 	RBM_KERNELS_CUDA_EMULATED=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt ".[train,blip,test]"
+		-c constraints.txt ".[train,captioning,test]"
 	touch $@ .venv/train.stamp
 
 .venv/bench.stamp: .venv/bin/python $(SOURCES)

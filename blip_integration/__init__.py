@@ -1,39 +1,36 @@
 """Restricted Boltzmann machines between the encoder and the decoder of BLIP captioners.
 
-- :mod:`.adjust` puts an RBM into a captioner (:func:`apply_rbm_to_blip`), :mod:`.fitting` fits it
-  to features (:func:`fit_rbm`), :mod:`.joint` trains both together (:func:`train_joint`).
-- :mod:`.rerank` chooses among a captioner's candidates by a joint RBM of image and words.
-- :mod:`.captioner` is a BLIP small enough to train on a CPU, :mod:`.attend` the LSTM with soft
-  attention that came before it.
-- :mod:`.compare` puts all strategies and their controls into one table.
-
-The command line is ``rbm-caption``. Everything needs ``pip install 'rbm-kernels[blip]'``.
+``fit_rbm`` fits an RBM to the features of a captioner's images, ``apply_rbm_to_blip`` puts it into
+the captioner, ``train_joint`` trains both together, and an ``RBMReranker`` lets a joint RBM of
+images and words choose among a captioner's candidates. The command line is ``rbm-caption``.
+Everything needs ``pip install 'rbm-kernels[blip]'``.
 """
 
 from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "CaptionedImages": "data",
-    "GatedResidual": "reconstructors",
-    "ITCReranker": "rerank",
-    "ITMReranker": "rerank",
-    "JointRBM": "matching",
+    "BlipReranker": "rerank",
+    "Candidates": "captions",
+    "GatedResidual": "gated_residual",
+    "JointRBM": "joint_rbm",
     "JointSettings": "joint",
-    "LiteBlipForConditionalGeneration": "captioner",
-    "RBMBlipConfig": "adjust",
-    "RBMBlipForConditionalGeneration": "adjust",
-    "RBMBlipVisionModel": "adjust",
-    "RBMReconstructor": "reconstructors",
+    "RBMBlipConfig": "modeling",
+    "RBMBlipForConditionalGeneration": "modeling",
+    "RBMBlipVisionModel": "modeling",
+    "RBMReconstructor": "gated_residual",
     "RBMReranker": "rerank",
     "TokenStream": "fitting",
-    "apply_rbm_to_blip": "adjust",
-    "beam_candidates": "candidates",
-    "evaluate": "metrics",
+    "Vocabulary": "joint_rbm",
+    "apply_rbm_to_blip": "modeling",
+    "beam_candidates": "captions",
+    "choose_weight": "rerank",
     "fit_rbm": "fitting",
-    "load_captioner": "recipe",
-    "load_captions": "data",
-    "remove_rbm_from_blip": "adjust",
+    "image_states": "captioner",
+    "infer_image": "joint_rbm",
+    "infer_words": "joint_rbm",
+    "load_captioner": "captioner",
+    "remove_rbm_from_blip": "modeling",
     "train_joint": "joint",
 }
 __all__ = sorted(_HOMES)

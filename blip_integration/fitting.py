@@ -1,16 +1,18 @@
 """Fitting RBMs to vision features that are streamed from disk.
 
-Fit as :func:`fit_rbm` does or with any of the controls of :mod:`.controls`, all on one
-:class:`TokenStream`: the same rows in the same order, standardised by the same statistics::
+Fit as ``fit_rbm`` does or with any of the controls of ``controls``, all on one
+``TokenStream``: the same rows in the same order, standardized by the same statistics::
 
-    stream = TokenStream(FeatureCache("features").features)
+    stream = TokenStream(states)  # [N, L, D] of a captioner's vision model
     fitted = fit_rbm(stream, n_hidden=1000)
     apply_rbm_to_blip(model, fitted.reconstructor, fitted.mean, fitted.scale)
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,12 +20,13 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from rbm_kernels import RBM
 
-from .reconstructors import RBMReconstructor
+from .gated_residual import RBMReconstructor
 
 MONITORED_ROWS = 2048
 """Rows of held-out and of training images that are looked at after every epoch."""
@@ -33,16 +36,16 @@ _TOKENS: dict[str, slice] = {"all": slice(None), "cls": slice(0, 1), "patches": 
 
 
 class TokenStream:
-    """Standardised tokens of a set of images, read block by block as they are needed.
+    """Standardized tokens of a set of images, read block by block as they are needed.
 
     One pass over the features computes their statistics (Chan, Golub and LeVeque's pairwise update,
-    1979) and checks that they are finite. An epoch visits blocks of neighbouring images in a random
+    1979) and checks that they are finite. An epoch visits blocks of neighboring images in a random
     order, so that reading stays sequential, draws some tokens of every image, shuffles those of a
     block, and cuts them into batches. Memory holds one block, however many images there are.
 
     Args:
         features: [N, L, D] or, with one token an image, [N, D]: a tensor, or whatever has
-            ``shape`` and slices of rows, such as a numpy memmap or a :class:`.FeatureCache`.
+            ``shape`` and slices of rows, such as a numpy memmap or a ``FeatureCache``.
         tokens: ``"all"``, ``"cls"`` (token 0) or ``"patches"`` (the others).
         held_out: Share of the images that no epoch visits, in [0, 1); at least one image of two or
             more unless 0.
@@ -110,7 +113,7 @@ class TokenStream:
             seed: Of the order and of the choice of tokens.
 
         Yields:
-            Standardised rows [batch, D], float32.
+            Standardized rows [batch, D], float32.
         """
         generator = _generator(seed)
         starts = torch.arange(0, self.n_images, self.block)
@@ -132,7 +135,7 @@ class TokenStream:
         return -(-images * min(tokens_per_image, self.n_tokens) // batch)
 
     def sample(self, rows: int, *, held_out: bool, seed: int = 0) -> Tensor:
-        """Some standardised rows [rows or fewer, D] of the images held out or of the others."""
+        """Some standardized rows [rows or fewer, D] of the images held out or of the others."""
         generator = _generator(seed)
         images = (self.held_out if held_out else ~self.held_out).nonzero().flatten()
         per_image = min(self.n_tokens, -(-rows // max(1, len(images))))
@@ -153,7 +156,7 @@ class TokenStream:
     def _draw(
         self, start: int, images: Tensor, per_image: int, generator: torch.Generator
     ) -> Tensor:
-        """Standardised rows of tokens drawn from some images of the block at ``start``."""
+        """Standardized rows of tokens drawn from some images of the block at ``start``."""
         per_image = min(per_image, self.n_tokens)
         choice = torch.rand(len(images), self.n_tokens, generator=generator).argsort(1)[
             :, :per_image
@@ -247,7 +250,7 @@ DEFAULT_SCHEDULE = Schedule()
 
 @dataclass
 class Fitted:
-    """A reconstructor and the statistics that standardise its input.
+    """A reconstructor and the statistics that standardize its input.
 
     Attributes:
         reconstructor: In evaluation mode, on the CPU unless a device was asked for.
@@ -290,12 +293,12 @@ def fit_rbm(
         k: Gibbs sweeps per update.
         weight_decay: On W, per unit of learning rate.
         device: Where to compute.
-        backend: As in :func:`rbm_kernels.cd_step`.
+        backend: As in ``rbm_kernels.cd_step``.
         precision: Likewise.
         progress: Show a progress bar.
 
     Returns:
-        An :class:`.RBMReconstructor` and its statistics. The history has, besides,
+        An ``RBMReconstructor`` and its statistics. The history has, besides,
         "free_energy_gap", the mean free energy of held-out rows less that of rows of the training
         images, in nats: it grows when the RBM overfits (Hinton 2010, section 6). It is NaN where
         nothing is held out.
@@ -376,7 +379,7 @@ def train(
         progress: Show a progress bar.
 
     Returns:
-        The history, see :class:`Fitted`.
+        The history, see ``Fitted``.
     """
     updates = schedule.epochs * stream.batches(schedule.batch, schedule.tokens_per_image)
     held_out = stream.sample(MONITORED_ROWS, held_out=True).to(device)
@@ -400,7 +403,7 @@ def train(
     with tqdm(total=updates, disable=not progress, unit="batch") as bar:
         look(0)
         for epoch in range(schedule.epochs):
-            # Distinct for the epochs of one fit and for fits of neighbouring seeds.
+            # Distinct for the epochs of one fit and for fits of neighboring seeds.
             order = schedule.seed * 1_000_003 + epoch
             for rows in stream.epoch(schedule.batch, schedule.tokens_per_image, order):
                 rate = schedule.learning_rate * schedule.share(done, updates)
@@ -416,5 +419,35 @@ def train(
 
 @torch.no_grad()
 def reconstruction_error(reconstructor: nn.Module, rows: Tensor) -> float:
-    """Mean square of what a reconstruction of standardised rows [N, D] misses; NaN without rows."""
+    """Mean square of what a reconstruction of standardized rows [N, D] misses; NaN without rows."""
     return (reconstructor(rows) - rows).square().mean().item()
+
+
+def save_fitted_rbm(fitted: Fitted, path: str | os.PathLike[str]) -> None:
+    """Write an RBM of ``fitting.fit_rbm`` as ``rbm_kernels.RBM.save`` does.
+
+    The mean and scale that standardize the features go into the file's header.
+    """
+    statistics = {"mean": fitted.mean, "scale": fitted.scale}
+    metadata = {name: json.dumps(values.tolist()) for name, values in statistics.items()}
+    fitted.reconstructor.rbm.save(path, metadata=metadata)
+
+
+def load_fitted_rbm(path: str | os.PathLike[str]) -> tuple[RBM, Tensor, Tensor]:
+    """An RBM with the mean [D] and scale [D] of its features.
+
+    Args:
+        path: Written by ``save_fitted_rbm``, or by ``rbm_kernels.RBM.save``: then the RBM
+            is of features as they are, of mean 0 and scale 1.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: No file of an RBM.
+    """
+    rbm = RBM.load(path)
+    with safe_open(os.fspath(path), framework="pt") as file:
+        header = file.metadata()
+    if "mean" not in header:
+        return rbm, torch.zeros(rbm.n_visible), torch.ones(rbm.n_visible)
+    mean, scale = (torch.tensor(json.loads(header[name])) for name in ("mean", "scale"))
+    return rbm, mean, scale

@@ -252,7 +252,7 @@ def train_joint(
     generator and be read without ``workers`` for that.
 
     Args:
-        model: A captioner with an RBM in it (:func:`.adjust.apply_rbm_to_blip`), or without one if
+        model: A captioner with an RBM in it (``apply_rbm_to_blip``), or without one if
             ``cd`` is 0. Changed in place; its dropout and label smoothing are in its own
             configuration.
         tokenizer: Its tokenizer.

@@ -28,9 +28,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .data import normalise_caption
+from .captions import normalize_caption
+from .gated_residual import GatedResidual, RBMReconstructor
 from .losses import contrastive_loss, itm_loss, lm_loss
-from .reconstructors import GatedResidual, RBMReconstructor
 
 TERMS = ("lm", "itc", "itm", "cd")
 
@@ -109,7 +109,7 @@ def collate_captions(
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise ValueError(f"collate_captions: images must be of one shape, got {sorted(shapes)}")
-    texts = [normalise_caption(caption) for caption in captions]
+    texts = [normalize_caption(caption) for caption in captions]
     if not all(texts):
         empty = texts.index("")
         raise ValueError(
@@ -118,7 +118,7 @@ def collate_captions(
         )
     start = [config.bos_token_id]
     if prompt:
-        start += tokenizer(normalise_caption(prompt), add_special_tokens=False)["input_ids"]
+        start += tokenizer(normalize_caption(prompt), add_special_tokens=False)["input_ids"]
     room = max_tokens - len(start) - 1
     if room < 1:
         raise ValueError(

@@ -31,9 +31,9 @@ def itc_loss(
     to images (Radford et al. 2021, CLIP).
 
     Args:
-        image: [N, D], any lengths: they are normalised here.
+        image: [N, D], any lengths: they are normalized here.
         text: [N, D], row i belongs to row i of `image`.
-        temperature: positive; a tensor may be learnt.
+        temperature: positive; a tensor may be learned.
         one_way: only from images to texts.
         groups: [N] integers; pairs of the same group (captions of one image) are positives of each
             other, with equal shares of the target.
@@ -63,12 +63,12 @@ def itc_loss(
 def contrastive_loss(
     scores: Tensor, *, one_way: bool = False, groups: Tensor | None = None
 ) -> Tensor:
-    """The contrastive loss of any scores, such as an energy model's; see :func:`itc_loss`.
+    """The contrastive loss of any scores, such as an energy model's; see ``itc_loss``.
 
     Args:
         scores: [N, N], image i with text j; higher is better.
         one_way: only from images (rows) to texts.
-        groups: [N]; see :func:`itc_loss`.
+        groups: [N]; see ``itc_loss``.
 
     Returns:
         A scalar.
@@ -94,7 +94,7 @@ def hard_negatives(
 
     Args:
         scores: [N, N], image i with text j, already divided by the temperature; N at least 2.
-        groups: [N]; none of an image's own captions is drawn. See :func:`itc_loss`.
+        groups: [N]; none of an image's own captions is drawn. See ``itc_loss``.
         generator: of any device; draws happen on it. None takes PyTorch's own.
 
     Returns:
@@ -133,9 +133,9 @@ def itm_loss(
     Args:
         match: takes image indices [M] and text indices [M] into the batch and returns the logits
             [M, 2] of these pairs, column 1 for "they match". It is called once, with M = 3 N.
-        scores: [N, N], the similarities that negatives are drawn by; see :func:`hard_negatives`.
-        groups: [N]; see :func:`itc_loss`.
-        generator: see :func:`hard_negatives`.
+        scores: [N, N], the similarities that negatives are drawn by; see ``hard_negatives``.
+        groups: [N]; see ``itc_loss``.
+        generator: see ``hard_negatives``.
 
     Returns:
         The mean cross-entropy over the 3 N pairs, a scalar; the chance level is ln 2.

@@ -1,7 +1,7 @@
 """Choosing among a captioner's candidates by how well they fit the image.
 
-A reranker scores candidates with one of the models of :mod:`.matching` (trained by
-:mod:`.pair_training`), or with BLIP's own image-text matching, and adds that to the captioner's
+A reranker scores candidates with a joint RBM of ``joint_rbm`` (trained by
+``ranker_training``), or with BLIP's own image-text matching, and adds that to the captioner's
 scores:
 
     reranker = RBMReranker.fit(train_features, train_captions)
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,27 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BlipForImageTextRetrieval, PreTrainedTokenizerBase
 
-from .candidates import Candidates
-from .matching import JointRBM, MatchMLP, PairModel, TwoTower, Vocabulary
-from .metrics import DocumentFrequencies, cider_scores, document_frequencies
-from .pair_training import (
-    CaptionBags,
-    PairTraining,
-    encode_lists,
-    fit_cd,
-    fit_contrastive,
-    fit_matching,
-)
+from .captions import Candidates, generated_candidates
+from .joint_rbm import JointRBM, PairModel, Vocabulary
+from .ranker_training import CaptionBags, PairTraining, encode_lists, fit_cd, fit_contrastive
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# "cd" is for a JointRBM alone.
-OBJECTIVES: dict[str, Callable[..., list[float]]] = {
-    "contrastive": fit_contrastive,
-    "matching": fit_matching,
-    "cd": fit_cd,
-}
 
 # Bounds the memory of bags of words, however many images there are.
 _IMAGES_AT_A_TIME = 1024
@@ -52,7 +38,7 @@ _RELATIVE_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.
 
 
 class Reranker(ABC):
-    """Scores candidate captions by their image and chooses by :func:`combined_scores`."""
+    """Scores candidate captions by their image and chooses by ``combined_scores``."""
 
     @abstractmethod
     def score(self, image_features: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
@@ -75,18 +61,18 @@ class Reranker(ABC):
         image_features: Tensor,
         weight: float,
         *,
-        standardise: bool = False,
+        standardize: bool = False,
     ) -> Tensor:
         """The number of the best candidate of each image, int64 [N].
 
         Args:
             candidates: N lists of n captions with the captioner's scores.
-            image_features: As for :meth:`score`.
+            image_features: As for ``score``.
             weight: Of this reranker's score beside the captioner's; 0 keeps the captioner's choice.
-            standardise: See :func:`combined_scores`.
+            standardize: See ``combined_scores``.
         """
         extra = self.score(image_features, candidates.texts)
-        return combined_scores(candidates.scores, extra, weight, standardise=standardise).argmax(1)
+        return combined_scores(candidates.scores, extra, weight, standardize=standardize).argmax(1)
 
     def rerank_generated(
         self,
@@ -95,7 +81,7 @@ class Reranker(ABC):
         image_features: Tensor,
         weight: float,
         *,
-        standardise: bool = False,
+        standardize: bool = False,
     ) -> list[str]:
         """The best caption of each image from what ``generate`` returned.
 
@@ -103,24 +89,24 @@ class Reranker(ABC):
             output: Of ``generate(..., return_dict_in_generate=True, output_scores=True)`` with
                 ``num_return_sequences`` above 1, by beam search or sampling.
             tokenizer: Decodes it.
-            image_features: Of the N images, as for :meth:`score`.
-            weight: As for :meth:`rerank`.
-            standardise: As for :meth:`rerank`.
+            image_features: Of the N images, as for ``score``.
+            weight: As for ``rerank``.
+            standardize: As for ``rerank``.
 
         Returns:
             N captions.
 
         Raises:
-            ValueError: See :func:`generated_candidates`.
+            ValueError: See ``generated_candidates``.
         """
         candidates = generated_candidates(output, tokenizer, len(image_features))
         return candidates.chosen(
-            self.rerank(candidates, image_features, weight, standardise=standardise)
+            self.rerank(candidates, image_features, weight, standardize=standardize)
         )
 
 
 class PairReranker(Reranker):
-    """A reranker by one of the models of :mod:`.matching`.
+    """A reranker by a model of ``joint_rbm``'s kind.
 
     Args:
         model: A trained model.
@@ -132,7 +118,9 @@ class PairReranker(Reranker):
     """
 
     model_class: ClassVar[type[PairModel]]
-    objective: ClassVar[str] = "contrastive"
+    objectives: ClassVar[Mapping[str, Callable[..., list[float]]]] = {
+        "contrastive": fit_contrastive
+    }
 
     def __init__(self, model: PairModel, vocabulary: Vocabulary) -> None:
         name = type(self).__name__
@@ -184,21 +172,19 @@ class PairReranker(Reranker):
             n_words: Size of the vocabulary at most.
             n_hidden: Hidden units.
             held_out: Share of the images that decide when to stop.
-            objective: A key of :data:`OBJECTIVES`; the class's own by default.
-            training: See :class:`~.pair_training.PairTraining`; its seed also draws the initial
+            objective: A key of the class's ``objectives``; the first one by default.
+            training: See ``PairTraining``; its seed also draws the initial
                 weights and the held-out images.
             **options: Further keywords of the class.
 
         Raises:
             ValueError: An unknown objective, or bad arguments.
         """
-        objective = objective or cls.objective
-        if objective not in OBJECTIVES:
+        objective = objective or next(iter(cls.objectives))
+        if objective not in cls.objectives:
             raise ValueError(
-                f"{cls.__name__}: objective must be one of {[*OBJECTIVES]}, got {objective!r}"
+                f"{cls.__name__}: objective must be one of {[*cls.objectives]}, got {objective!r}"
             )
-        if objective == "cd" and not issubclass(cls.model_class, JointRBM):
-            raise ValueError(f"{cls.__name__}: objective 'cd' is for a JointRBM alone")
         training = training or PairTraining()
         vocabulary = Vocabulary.from_captions((text for own in captions for text in own), n_words)
         bags = CaptionBags.encode(features, captions, vocabulary)
@@ -207,7 +193,7 @@ class PairReranker(Reranker):
         model = cls.model_class(features.shape[1], len(vocabulary), n_hidden, generator=generator)
         model.initialize_from_data(train.features, train.words)
         reranker = cls(model, vocabulary, **options)
-        OBJECTIVES[objective](model, train, rest, training)
+        cls.objectives[objective](model, train, rest, training)
         return reranker
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -226,7 +212,7 @@ class PairReranker(Reranker):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> Self:
-        """Read what :meth:`save_pretrained` wrote.
+        """Read what ``save_pretrained`` wrote.
 
         Args:
             folder: The folder.
@@ -256,9 +242,9 @@ class RBMReranker(PairReranker):
     """Re-ranking by the free energy of a joint RBM.
 
     Args:
-        model: A trained :class:`~.matching.JointRBM`.
+        model: A trained ``JointRBM``.
         vocabulary: The words that it knows.
-        energy: "pmi": the score of :class:`~.matching.JointRBM`. "joint": -F(v, t), which prefers
+        energy: "pmi": the score of ``JointRBM``. "joint": -F(v, t), which prefers
             frequent words whatever the image; it shows what subtracting the prior is good for.
 
     Raises:
@@ -266,6 +252,7 @@ class RBMReranker(PairReranker):
     """
 
     model_class = JointRBM
+    objectives: ClassVar = {"contrastive": fit_contrastive, "cd": fit_cd}
 
     def __init__(self, model: JointRBM, vocabulary: Vocabulary, energy: str = "pmi") -> None:
         super().__init__(model, vocabulary)
@@ -282,24 +269,11 @@ class RBMReranker(PairReranker):
         return -energies.view(-1, n)
 
 
-class ITCReranker(PairReranker):
-    """Re-ranking by the cosine of a :class:`~.matching.TwoTower`, times its learned scale."""
-
-    model_class = TwoTower
-
-
-class ITMReranker(PairReranker):
-    """Re-ranking by the log-odds of a match of a :class:`~.matching.MatchMLP`."""
-
-    model_class = MatchMLP
-    objective = "matching"
-
-
 class BlipReranker(Reranker):
     """Re-ranking by a BLIP retrieval model, such as Salesforce/blip-itm-base-coco.
 
     Args:
-        model: A :class:`transformers.BlipForImageTextRetrieval`; it is put into evaluation mode.
+        model: A ``transformers.BlipForImageTextRetrieval``; it is put into evaluation mode.
         tokenizer: Its tokenizer.
         head: "itm": the log-odds of a match by cross-attention. "itc": the cosine.
         batch_size: Captions at a time.
@@ -368,44 +342,16 @@ class BlipReranker(Reranker):
         return (match - no_match).cpu()
 
 
-class SumReranker(Reranker):
-    """The weighted sum of other rerankers' scores, such as an RBM's and a two-tower model's.
-
-    Args:
-        parts: Rerankers that take the same image features.
-        weights: One for each.
-
-    Raises:
-        ValueError: As many weights as there are not rerankers.
-    """
-
-    def __init__(self, parts: Sequence[Reranker], weights: Sequence[float]) -> None:
-        if len(parts) != len(weights) or not parts:
-            raise ValueError(
-                f"SumReranker: weights must be one for each of 1 part or more, "
-                f"got {len(weights)} for {len(parts)}"
-            )
-        self.parts = list(parts)
-        self.weights = list(weights)
-
-    def score(self, image_features: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:
-        scores = [part.score(image_features, texts) for part in self.parts]
-        return sum(
-            (weight * score for weight, score in zip(self.weights, scores, strict=True)),
-            torch.zeros_like(scores[0]),
-        )
-
-
 def combined_scores(
-    captioner: Tensor, extra: Tensor, weight: float, *, standardise: bool = False
+    captioner: Tensor, extra: Tensor, weight: float, *, standardize: bool = False
 ) -> Tensor:
     """captioner + weight * extra, what re-ranking takes the largest of.
 
     Args:
-        captioner: [N, n], length-normalised log-probabilities.
+        captioner: [N, n], length-normalized log-probabilities.
         extra: [N, n], a reranker's scores.
         weight: Finite.
-        standardise: False: ``extra`` as it is. A PMI is a log-probability ratio, so that a
+        standardize: False: ``extra`` as it is. A PMI is a log-probability ratio, so that a
             difference counts alike for all images, and an image whose candidates all fit alike
             is left to the captioner. True: every list's extra scores at mean 0 and variance 1
             (0 where all are equal), which makes weights of different rerankers comparable.
@@ -425,41 +371,14 @@ def combined_scores(
         raise ValueError(f"combined_scores: weight must be finite, got {weight}")
     if weight == 0:
         return captioner  # also where a list's extra scores are infinite
-    return captioner + weight * (_standardised(extra) if standardise else extra)
+    return captioner + weight * (_standardized(extra) if standardize else extra)
 
 
-def _standardised(extra: Tensor) -> Tensor:
+def _standardized(extra: Tensor) -> Tensor:
     """Each list at mean 0 and variance 1, or at 0 where all its scores are equal."""
     spread, mean = torch.std_mean(extra, dim=1, keepdim=True, correction=0)
     flat = spread <= 1e-6 * (1 + mean.abs())
     return torch.where(flat, 0.0, (extra - mean) / torch.where(flat, 1.0, spread))
-
-
-def candidate_ciders(
-    texts: Sequence[Sequence[str]],
-    references: Sequence[Sequence[str]],
-    frequencies: DocumentFrequencies | None = None,
-) -> Tensor:
-    """CIDEr of every candidate, [N, n] float64.
-
-    A caption's CIDEr depends on the references alone and not on the other images' captions, so the
-    mean over one candidate of each image is the corpus CIDEr of that choice; the mean of each row's
-    largest is the oracle's.
-
-    Args:
-        texts: N lists of n candidates.
-        references: N lists of true captions.
-        frequencies: Document frequencies; None counts them in these references.
-
-    Raises:
-        ValueError: Lists of different lengths, or what :func:`.metrics.cider_scores` raises.
-    """
-    n = _list_length("candidate_ciders", texts, len(references))
-    if frequencies is None:
-        frequencies = document_frequencies(references)
-    flat = [text for each in texts for text in each]
-    repeated = [own for own in references for _ in range(n)]
-    return cider_scores(flat, repeated, frequencies).view(len(texts), n)
 
 
 def weight_grid(captioner: Tensor, extra: Tensor) -> list[float]:
@@ -475,7 +394,7 @@ def choose_weight(
     quality: Tensor,
     weights: Sequence[float] | None = None,
     *,
-    standardise: bool = False,
+    standardize: bool = False,
 ) -> float:
     """The weight under which the chosen candidates have the highest mean quality.
 
@@ -484,9 +403,9 @@ def choose_weight(
     Args:
         captioner: [N, n].
         extra: [N, n], what a reranker's ``score`` gave.
-        quality: [N, n], as of :func:`candidate_ciders`: the mean is then the corpus CIDEr.
-        weights: To choose from; by default :func:`weight_grid`.
-        standardise: As for :func:`combined_scores`.
+        quality: [N, n], as of ``candidate_ciders``: the mean is then the corpus CIDEr.
+        weights: To choose from; by default ``weight_grid``.
+        standardize: As for ``combined_scores``.
 
     Returns:
         One of the weights; the smallest of several that are equally good.
@@ -500,69 +419,15 @@ def choose_weight(
             f"got {list(quality.shape)}"
         )
     if weights is None:
-        weights = weight_grid(captioner, _standardised(extra) if standardise else extra)
+        weights = weight_grid(captioner, _standardized(extra) if standardize else extra)
     if not weights:
         raise ValueError("choose_weight: weights must hold one or more, got none")
 
     def mean_quality(weight: float) -> float:
-        chosen = combined_scores(captioner, extra, weight, standardise=standardise).argmax(1)
+        chosen = combined_scores(captioner, extra, weight, standardize=standardize).argmax(1)
         return quality.double().gather(1, chosen[:, None]).mean().item()
 
     return max(sorted(weights, key=abs), key=mean_quality)
-
-
-def generated_candidates(
-    output: Any, tokenizer: PreTrainedTokenizerBase, n_images: int
-) -> Candidates:
-    """What ``generate`` returned, as lists of candidates in its own order.
-
-    Args:
-        output: With ``sequences`` [N n, L] and, from a beam search, ``sequences_scores`` [N n].
-            Without these (sampling) the mean log-probability of the drawn tokens is taken from
-            ``scores``, the processed logits of each step.
-        tokenizer: Decodes the sequences.
-        n_images: N.
-
-    Returns:
-        The candidates, with the images' numbers as their names.
-
-    Raises:
-        ValueError: No dictionary output with scores, or sequences that do not divide by N.
-    """
-    sequences = getattr(output, "sequences", None)
-    steps = getattr(output, "scores", None)
-    totals = getattr(output, "sequences_scores", None)
-    if sequences is None or (totals is None and steps is None):
-        raise ValueError(
-            "generated_candidates: output must come from generate(..., "
-            f"return_dict_in_generate=True, output_scores=True), got {type(output).__name__}"
-        )
-    if n_images < 1 or len(sequences) % n_images:
-        raise ValueError(
-            f"generated_candidates: {len(sequences)} sequences must be as many for each of "
-            f"{n_images} images; is num_return_sequences what you think?"
-        )
-    if totals is None:
-        assert steps is not None
-        totals = _mean_log_probability(sequences, steps, tokenizer.pad_token_id)
-    n = len(sequences) // n_images
-    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
-    lists = [texts[first : first + n] for first in range(0, len(texts), n)]
-    scores = totals.view(n_images, n).float().cpu()
-    return Candidates([str(i) for i in range(n_images)], lists, scores)
-
-
-def _mean_log_probability(
-    sequences: Tensor, steps: Sequence[Tensor], pad_token_id: int | None
-) -> Tensor:
-    """Mean over the drawn tokens of each sequence [R] of their log-probabilities."""
-    drawn = sequences[:, -len(steps) :]  # [R, S]
-    log_p = torch.stack([logits.float().log_softmax(-1) for logits in steps], 1)  # [R, S, V]
-    of_drawn = log_p.gather(2, drawn[..., None])[..., 0]
-    counted = torch.ones_like(drawn, dtype=torch.bool)
-    if pad_token_id is not None:
-        counted = drawn != pad_token_id
-    return of_drawn.masked_fill(~counted, 0.0).sum(1) / counted.sum(1).clamp_min(1)
 
 
 def _list_length(name: str, texts: Sequence[Sequence[str]], n_images: int) -> int:

@@ -48,7 +48,7 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     """Jensen-Shannon divergence in nats: the mean divergence of p and q from (p + q) / 2.
 
     Symmetric, in [0, ln 2]. scipy's `jensenshannon` is its square root. Arguments and errors are
-    those of :func:`kl`.
+    those of ``kl``.
     """
     _check_width("jensen_shannon", p, q)
     _check_distribution("jensen_shannon", "p", p)
@@ -96,7 +96,7 @@ def jaccard(a: Tensor, b: Tensor) -> Tensor:
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Overlap coefficient |A and B| / min(|A|, |B|), in [0, 1]; arguments as of :func:`jaccard`.
+    """Overlap coefficient |A and B| / min(|A|, |B|), in [0, 1]; arguments as of ``jaccard``.
 
     1 where both sets are empty, 0 where one is.
     """

@@ -146,7 +146,11 @@ def test_the_wheel_has_modules_and_no_sources(built: Built) -> None:
     assert wanted <= names, sorted(wanted - names)
     assert any(name.startswith("rbm_kernels/_cpu.") for name in names)
     assert not any(name.startswith("rbm_kernels/_cuda.") for name in names)
-    assert not [n for n in names if n.startswith(("csrc", "tests")) or n.endswith((".cpp", ".h"))]
+    assert not [
+        n
+        for n in names
+        if n.startswith(("csrc", "tests", "benchmarks")) or n.endswith((".cpp", ".h"))
+    ]
     assert b"rbm-kernels = rbm_kernels.cli:main" in entry_points
 
     fields = HeaderParser().parsestr(metadata)
@@ -159,7 +163,7 @@ def test_the_wheel_has_modules_and_no_sources(built: Built) -> None:
     required = [r for r in fields.get_all("Requires-Dist", []) if "extra ==" not in r]
     assert sorted(required) == ["numpy", "safetensors", "torch>=2.6", "tqdm"]
     extras = set(fields.get_all("Provides-Extra", []))
-    assert extras >= {"train", "hub", "test", "bench", "triton", "blip"}
+    assert extras >= {"train", "hub", "test", "bench", "triton", "blip", "captioning"}
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from transformers import (
     BlipProcessor,
 )
 
-from blip_integration.captioner import word_tokenizer
+from benchmarks.captioning.lite_blip import word_tokenizer
 
 WIDTH, SIDE = 16, 32
 COLOURS = ("red", "green", "blue")

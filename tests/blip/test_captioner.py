@@ -1,0 +1,98 @@
+"""Cached features, folders of captioners and files of RBMs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from support import blip
+from transformers import (
+    BlipForImageTextRetrieval,
+    BlipTextConfig,
+)
+
+from benchmarks.captioning import lite_blip as captioner
+from benchmarks.captioning.files import save_captioner
+from blip_integration.captioner import image_loader, load_captioner, open_image
+from blip_integration.fitting import (
+    Schedule,
+    TokenStream,
+    fit_rbm,
+    load_fitted_rbm,
+    save_fitted_rbm,
+)
+from blip_integration.modeling import apply_rbm_to_blip
+from rbm_kernels import RBM
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    file = blip.draw_data(tmp_path / "drawn", train=5, val=0)
+    return sorted((file.parent / "images").iterdir())
+
+
+def test_images_are_loaded_as_the_processor_makes_them(pictures):
+    _, processor = blip.tiny_blip()
+    wanted = processor(images=open_image(pictures[0]), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(image_loader(processor)(pictures[0]), wanted)
+
+
+@pytest.mark.parametrize("kind", ["stock", "lite", "adjusted", "adjusted lite"])
+def test_captioners_survive_a_folder(tmp_path, kind):
+    model, processor = blip.tiny_blip()
+    width = blip.WIDTH
+    if "lite" in kind:
+        pytest.importorskip("efficientnet_lite_pytorch")
+        config = captioner.LiteVisionConfig(variant=0, hidden_size=width, num_hidden_layers=0)
+        vision = captioner.LiteVisionModel(config)
+        model = captioner.lite_blip(vision, processor.tokenizer, layers=1, heads=2).eval()
+    if "adjusted" in kind:
+        apply_rbm_to_blip(
+            model, RBM(width, 3, "gaussian"), torch.ones(width), torch.ones(width), gate=0.7
+        )
+    save_captioner(model, processor, tmp_path / "model")
+    loaded, with_it = load_captioner(tmp_path / "model")
+    assert type(loaded) is type(model) and not loaded.training
+    wanted, got = model.state_dict(), loaded.state_dict()
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+    text = "a red circle"
+    assert with_it.tokenizer(text).input_ids == processor.tokenizer(text).input_ids
+
+
+def test_what_is_no_captioner(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"must be a folder with config\.json"):
+        load_captioner(tmp_path / "empty")
+    BlipTextConfig(vocab_size=9).save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="must hold a BLIP model, got one of type 'blip_text"):
+        load_captioner(tmp_path / "text")
+
+
+def test_blip_for_retrieval_has_no_decoder(tmp_path):
+    """It has the same config class, but weights of its own."""
+    model, processor = blip.tiny_blip()
+    retrieval = BlipForImageTextRetrieval(model.config)
+    save_captioner(retrieval, processor, tmp_path / "retrieval")
+    with pytest.raises(ValueError, match=r"all weights of a BLIP captioner, got none for text_dec"):
+        load_captioner(tmp_path / "retrieval")
+
+
+def test_a_fitted_rbm_survives_a_file(tmp_path):
+    x = 3 + 2 * torch.randn(30, 5, 4, generator=torch.Generator().manual_seed(0))
+    fitted = fit_rbm(TokenStream(x), 3, Schedule(epochs=1))
+    save_fitted_rbm(fitted, tmp_path / "rbm.safetensors")
+    rbm, mean, scale = load_fitted_rbm(tmp_path / "rbm.safetensors")
+    assert torch.equal(mean, fitted.mean) and torch.equal(scale, fitted.scale)
+    wanted, got = fitted.reconstructor.rbm.state_dict(), rbm.state_dict()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_an_rbm_without_statistics_is_of_features_as_they_are(tmp_path):
+    RBM(4, 3, "gaussian").save(tmp_path / "rbm.safetensors")
+    _, mean, scale = load_fitted_rbm(tmp_path / "rbm.safetensors")
+    assert torch.equal(mean, torch.zeros(4)) and torch.equal(scale, torch.ones(4))
+    with pytest.raises(FileNotFoundError, match="must be a model file"):
+        load_fitted_rbm(tmp_path / "none.safetensors")

@@ -1,0 +1,515 @@
+"""An RBM inside a BLIP captioner: bit for bit stock BLIP until its gate opens, and savable."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from torch import Tensor, nn  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForImageTextToText,
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipProcessor,
+    BlipVisionModel,
+)
+
+from blip_integration.gated_residual import GatedResidual, RBMReconstructor  # noqa: E402
+from blip_integration.modeling import (  # noqa: E402
+    RBMBlipConfig,
+    RBMBlipForConditionalGeneration,
+    RBMBlipVisionModel,
+    RBMSettings,
+    apply_rbm_to_blip,
+    remove_rbm_from_blip,
+    with_rbm,
+)
+from rbm_kernels import RBM  # noqa: E402
+
+WIDTH, HIDDEN, IMAGE = 16, 12, 16
+
+DECODINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3, "length_penalty": 0.5},
+    "sampling": {"do_sample": True, "temperature": 2.0},
+}
+
+
+class BrighterVisionModel(BlipVisionModel):
+    """A user's vision model: what is put behind it must not replace it."""
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        return super().forward(2 * pixel_values, **kwargs)
+
+
+class BrighterConfig(BlipConfig):
+    model_type = "brighter_blip"
+
+
+class BrighterBlip(BlipForConditionalGeneration):
+    config_class = BrighterConfig
+
+    def __init__(self, config: BrighterConfig) -> None:
+        super().__init__(config)
+        self.vision_model = BrighterVisionModel(config.vision_config)
+        self.post_init()
+
+
+def config(kind: type[BlipConfig] = BlipConfig, **more: Any) -> BlipConfig:
+    return kind(
+        text_config={
+            "vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.5,
+            "bos_token_id": 1, "pad_token_id": 0, "sep_token_id": 2, "eos_token_id": 2,
+        },
+        vision_config={
+            "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": IMAGE, "patch_size": 4,
+            "initializer_range": 0.5,
+        },
+        **more,
+    )  # fmt: skip
+
+
+def stock_model(kind: type[BlipForConditionalGeneration] = BlipForConditionalGeneration) -> Any:
+    torch.manual_seed(0)
+    return kind(config(kind.config_class or BlipConfig)).eval()
+
+
+def gaussian_rbm(width: int = WIDTH, seed: int = 0) -> RBM:
+    generator = torch.Generator().manual_seed(seed)
+    rbm = RBM(width, HIDDEN, "gaussian")
+    with torch.no_grad():
+        for parameter in rbm.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return rbm
+
+
+def statistics(*shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(*shape, WIDTH, generator=generator),
+        torch.rand(*shape, WIDTH, generator=generator) + 0.5,
+    )
+
+
+def put_in(model: Any, cls: Any = "shared", gate: float = 0.0, **options: Any) -> Any:
+    apart = cls == "apart"
+    mean, scale = statistics(2) if apart else statistics()
+    of_cls = gaussian_rbm(seed=1) if apart else None
+    return apply_rbm_to_blip(
+        model, gaussian_rbm(), mean, scale, gate=gate, cls=cls, cls_rbm=of_cls, **options
+    )
+
+
+def images(dtype: torch.dtype = torch.float32) -> Tensor:
+    shape = (3, 3, IMAGE, IMAGE)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def prompt() -> Tensor:
+    return torch.tensor([[5, 6, 7, 2]] * 3)
+
+
+def captions(model: Any, decoding: str = "beams", dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(3)
+    output: Tensor = model.generate(
+        images(dtype), input_ids=prompt(), max_new_tokens=8, **DECODINGS[decoding]
+    )
+    return output
+
+
+def states(model: Any) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = model.vision_model(images()).last_hidden_state
+    return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"cls": "apart"}, {"cls": "skip", "mode": "gibbs"}])
+def test_shut_gate_is_stock(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    model = stock_model().to(dtype)
+    labels = prompt()
+    expected = {name: captions(model, name, dtype) for name in DECODINGS}
+    logits = model(images(dtype), prompt(), labels=labels)
+    put_in(model, **options)
+    for name, output in expected.items():
+        assert torch.equal(captions(model, name, dtype), output), name
+    # Outside of no_grad the residual is computed, since its gate wants a gradient.
+    assert model.vision_model.rbm.gate.requires_grad
+    adjusted = model(images(dtype), prompt(), labels=labels)
+    assert torch.equal(adjusted.logits, logits.logits)
+    assert torch.equal(adjusted.loss, logits.loss)
+    assert adjusted.image_embeds.dtype == dtype
+
+
+def test_shut_gate_computes_nothing() -> None:
+    class Refuses(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            raise AssertionError("asked behind a shut gate")
+
+    residual = GatedResidual(Refuses(), torch.zeros(3), torch.ones(3))
+    x = torch.randn(1, 2, 3)
+    with torch.no_grad():
+        assert residual(x) is x
+    residual.gate.requires_grad_(False)
+    assert residual(x) is x
+    residual.gate.fill_(0.1)
+    with pytest.raises(AssertionError, match="asked"):
+        residual(x)
+
+
+def test_open_gate_changes_captions() -> None:
+    model = put_in(stock_model(), gate=2.0)
+    assert any(
+        not torch.equal(captions(model, name), captions(stock_model(), name)) for name in DECODINGS
+    )
+
+
+@pytest.mark.parametrize("cls", ["shared", "skip", "apart"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_residual_formula(cls: Any, k: int) -> None:
+    """Against the formula in numpy, float64."""
+    model = put_in(stock_model(), cls, gate=0.7, k=k)
+    residual = model.vision_model.rbm
+    if cls == "apart":
+        with torch.no_grad():
+            residual.gate.copy_(torch.tensor([-0.4, 0.7]))
+    x = states(stock_model())
+    gates = [-0.4, 0.7] if cls == "apart" else [0.7, 0.7]
+    mean, scale = (s.double().numpy() for s in statistics(*(2,) * (cls == "apart")))
+
+    def adjusted(x: Any, rbm: RBM, mean: Any, scale: Any, gate: float) -> Any:
+        W, b, c, log_var = (p.detach().double().numpy() for p in rbm.parameters())
+        z = (x - mean) / scale
+        for _ in range(k):
+            z = 1 / (1 + np.exp(-(z / np.exp(log_var)) @ W - c)) @ W.T + b
+        return x + np.tanh(gate) * (z * scale + mean - x)
+
+    expected = x.double().numpy().copy()
+    apart = cls == "apart"
+    if cls != "skip":
+        own = (gaussian_rbm(seed=1), mean[0], scale[0]) if apart else (gaussian_rbm(), mean, scale)
+        expected[:, 0] = adjusted(expected[:, 0], *own, gates[0])
+    rest = (mean[1], scale[1]) if apart else (mean, scale)
+    expected[:, 1:] = adjusted(expected[:, 1:], gaussian_rbm(), *rest, gates[1])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            residual(x).double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_residual_gradients() -> None:
+    residual = GatedResidual(
+        RBMReconstructor(gaussian_rbm(), k=2), *statistics(), gate=0.3
+    ).double()
+    x = torch.randn(2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    parameters = tuple(residual.parameters())
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        names = [name for name, _ in residual.named_parameters()]
+        output: Tensor = torch.func.functional_call(
+            residual, dict(zip(names, values, strict=True)), (x,)
+        )
+        return output
+
+    assert torch.autograd.gradcheck(run, (x, *parameters))
+
+
+def test_gate_learns_from_zero() -> None:
+    model = put_in(stock_model())
+    model(images(), prompt(), labels=prompt()).loss.backward()
+    assert model.vision_model.rbm.gate.grad.abs() > 0
+
+
+def test_fused_mean_field() -> None:
+    """The same values and gradients as plain PyTorch; the same bits on two backends."""
+    z = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(0))
+    results = []
+    for fused in (False, True):
+        reconstruct = RBMReconstructor(gaussian_rbm(), k=2, fused=fused)
+        rows = z.clone().requires_grad_()
+        output = reconstruct(rows)
+        output.square().sum().backward()
+        results.append((output.detach(), rows.grad, reconstruct.rbm.W.grad))
+    for plain, fused_result in zip(*results, strict=True):
+        torch.testing.assert_close(fused_result, plain, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RBM_KERNELS_BACKEND", "reference")
+        assert torch.equal(reconstruct(z), results[1][0])
+
+
+def test_gibbs_draws() -> None:
+    rbm = gaussian_rbm()
+    reconstruct = RBMReconstructor(rbm, "gibbs", k=2, seed=5).eval()
+    z = torch.randn(4, WIDTH)
+    expected = rbm.sample(chains=z, k=2, seed=5)
+    assert torch.equal(reconstruct(z), expected)
+    assert torch.equal(reconstruct(z), expected), "an image must keep its captions"
+    reconstruct.train()
+    assert torch.equal(reconstruct(z), expected)
+    assert torch.equal(reconstruct(z), rbm.sample(chains=z, k=2, seed=(5, 4)))
+    again = RBMReconstructor(gaussian_rbm(seed=1), "gibbs", k=2, seed=5)
+    again.load_state_dict(reconstruct.state_dict())
+    assert torch.equal(again(z), rbm.sample(chains=z, k=2, seed=(5, 8))), "draws must go on"
+
+
+def test_vision_outputs() -> None:
+    model = put_in(stock_model(), gate=1.0)
+    stock = stock_model().vision_model(images(), output_hidden_states=True)
+    output = model.vision_model(images(), output_hidden_states=True)
+    expected = model.vision_model.rbm(stock.last_hidden_state)
+    assert torch.equal(output.last_hidden_state, expected)
+    assert torch.equal(output.pooler_output, stock.pooler_output)
+    for got, other in zip(output.hidden_states, stock.hidden_states, strict=True):
+        assert torch.equal(got, other)
+    first, pooled = model.vision_model(images(), return_dict=False)
+    assert torch.equal(first, expected)
+    assert torch.equal(pooled, stock.pooler_output)
+
+
+def test_callers_tensors_are_left_alone() -> None:
+    model, rbm, (mean, scale) = stock_model(), gaussian_rbm(), statistics()
+    given = {"pixel_values": images(), "input_ids": prompt(), "attention_mask": prompt() * 0 + 1}
+    before = [t.clone() for t in (*rbm.parameters(), mean, scale, *given.values())]
+    apply_rbm_to_blip(model, rbm, mean, scale, gate=1.0)
+    model.generate(**given, max_new_tokens=4)
+    model(**given, labels=given["input_ids"]).loss.backward()
+    with torch.no_grad():
+        for parameter in model.vision_model.rbm.parameters():
+            parameter.add_(1)
+    for tensor, old in zip((*rbm.parameters(), mean, scale, *given.values()), before, strict=True):
+        assert torch.equal(tensor, old)
+    assert rbm.W.grad is None
+
+
+@pytest.mark.parametrize("kind", [BlipForConditionalGeneration, BrighterBlip])
+def test_take_out(kind: Any) -> None:
+    model, other = stock_model(kind), stock_model(kind)
+    shared = model.config
+    described, tensors = shared.to_dict(), {n: t.clone() for n, t in model.state_dict().items()}
+    put_in(model, "apart", gate=1.0)
+    assert isinstance(model, kind)
+    assert type(model.vision_model).__mro__[2] is type(other.vision_model)
+    assert not torch.equal(states(model), states(other))
+    assert shared.to_dict() == described, "another model may hold the same config"
+    residual = remove_rbm_from_blip(model)
+    assert isinstance(residual, GatedResidual)
+    assert residual.gate.tolist() == [1.0, 1.0]
+    assert type(model) is kind
+    assert type(model.vision_model) is type(other.vision_model)
+    assert type(model.config) is type(other.config)
+    assert model.config.to_dict() == described
+    assert model.config.vision_config is model.vision_model.config
+    assert list(model.state_dict()) == list(tensors)
+    assert torch.equal(states(model), states(other))
+    put_in(model)  # and in again
+
+
+@pytest.mark.parametrize("kind", [BlipForConditionalGeneration, BrighterBlip])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cls": "apart", "k": 2}, {"cls": "skip", "mode": "gibbs", "seed": 3}, {"fused": True}],
+)
+def test_save_and_load(kind: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    model = put_in(stock_model(kind), gate=1.5, **options)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["architectures"] == [f"RBM{kind.__name__}"]
+    for load in (AutoModelForImageTextToText, with_rbm(kind)):
+        loaded, info = load.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert type(loaded) is type(model)
+        assert loaded.config.rbm == model.config.rbm
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+        assert torch.equal(states(loaded.eval()), states(model))
+        assert torch.equal(captions(loaded), captions(model))
+    half = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert captions(half, dtype=torch.bfloat16).shape[0] == 3
+
+
+@pytest.mark.parametrize("cls", ["shared", "apart"])
+def test_stock_checkpoint_into_ours(cls: str, tmp_path: Path) -> None:
+    """What the checkpoint lacks is initialised: conftest fills fresh memory with NaN."""
+    stock = stock_model()
+    stock.save_pretrained(tmp_path)
+    settings = {"n_hidden": 200, "cls": cls, "gate": 0.0}
+    ours, info = RBMBlipForConditionalGeneration.from_pretrained(
+        tmp_path, rbm=settings, output_loading_info=True
+    )
+    added = {name for name in ours.state_dict() if name not in stock.state_dict()}
+    assert set(info["missing_keys"]) == added
+    assert all(name.startswith("vision_model.rbm.") for name in added)
+    assert not info["unexpected_keys"]
+    residual = ours.vision_model.rbm
+    assert not residual.gate.any() and not residual.mean.any() and bool((residual.scale == 1).all())
+    for module in residual.modules():
+        if isinstance(module, RBMReconstructor):
+            assert module.half_sweeps == 0
+        if isinstance(module, RBM):
+            assert module.W.shape == (WIDTH, 200)
+            assert module.W.std().item() == pytest.approx(0.01, rel=0.1)
+            assert not module.b.any() and not module.c.any() and not module.log_var.any()
+    assert torch.equal(captions(ours.eval()), captions(stock))
+
+
+def test_our_checkpoint_into_stock(tmp_path: Path) -> None:
+    put_in(stock_model(), gate=2.0).save_pretrained(tmp_path)
+    stock, info = BlipForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert all(name.startswith("vision_model.rbm.") for name in info["unexpected_keys"])
+    assert torch.equal(captions(stock.eval()), captions(stock_model()))
+
+
+def test_from_config() -> None:
+    torch.manual_seed(0)
+    model = RBMBlipForConditionalGeneration(config(RBMBlipConfig, rbm={"n_hidden": 7}))
+    assert isinstance(model.vision_model, RBMBlipVisionModel)
+    assert model.vision_model.rbm.reconstructor.n_hidden == 7
+    assert model.config.rbm["mode"] == "mean_field"
+    assert all(bool(t.isfinite().all()) for t in model.state_dict().values())
+    with pytest.raises(ValueError, match=r"keys among .*got \['hidden'\]"):
+        RBMBlipForConditionalGeneration(config(RBMBlipConfig, rbm={"hidden": 7}))
+    old = RBMSettings.from_config({"reconstructor": "rbm", "n_hidden": 7})
+    assert old == RBMSettings(n_hidden=7)
+    with pytest.raises(ValueError, match="describe an RBM, got the reconstructor 'pca'"):
+        RBMSettings.from_config({"reconstructor": "pca", "n_hidden": 7})
+
+
+@pytest.mark.parametrize("kind", [BlipForConditionalGeneration, BrighterBlip])
+def test_copies(kind: Any) -> None:
+    model = put_in(stock_model(kind), gate=1.0)
+    assert torch.equal(states(copy.deepcopy(model)), states(model))
+    if kind is BlipForConditionalGeneration:  # a class made on the fly has no name to pickle
+        assert torch.equal(states(pickle.loads(pickle.dumps(model))), states(model))
+
+
+def test_lite_captioner(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    from benchmarks.captioning.lite_blip import LiteBlipConfig, LiteBlipForConditionalGeneration
+
+    text = config().text_config.to_dict()
+    model = LiteBlipForConditionalGeneration(
+        LiteBlipConfig(
+            text_config=text,
+            vision_config={
+                "hidden_size": WIDTH, "num_hidden_layers": 0, "variant": 0, "image_size": 224
+            },
+        )
+    ).eval()  # fmt: skip
+    features = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(4))
+    put_in(model, gate=1.0)
+    expected = model.vision_model.rbm(features)
+    assert torch.equal(model.vision_model(features).last_hidden_state, expected)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, LiteBlipForConditionalGeneration)
+    assert torch.equal(loaded.vision_model(features).last_hidden_state, expected)
+    remove_rbm_from_blip(model)
+    assert torch.equal(model.vision_model(features).last_hidden_state, features)
+
+
+def test_pipeline_from_folder(tmp_path: Path) -> None:
+    """A folder that is ready for the hub: model and processor, found by the pipeline alone."""
+    words = [f"w{i}" for i in range(33)]
+    vocabulary = ["[PAD]", "[DEC]", "[SEP]", "[UNK]", "[CLS]", "[MASK]", "a", *words]
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
+    kind = getattr(transformers, "BlipImageProcessorPil", transformers.BlipImageProcessor)
+    processor = BlipProcessor(kind(size={"height": IMAGE, "width": IMAGE}), tokenizer)
+    model = put_in(stock_model(), gate=1.0)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= names
+
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    pipe = transformers.pipeline("image-text-to-text", model=str(tmp_path))
+    assert type(pipe.model) is RBMBlipForConditionalGeneration
+    (output,) = pipe(picture, text="a", generate_kwargs={"max_new_tokens": 5, "num_beams": 2})
+    inputs = processor(picture, "a", return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=5, num_beams=2)
+    text = processor.decode(ids[0], skip_special_tokens=True)
+    assert output["generated_text"].endswith(text.removeprefix("a").strip())
+    assert text.split()
+
+
+def test_training_with_autocast() -> None:
+    model = put_in(stock_model(), gate=0.5).train()
+    optimizer = torch.optim.SGD(model.vision_model.rbm.parameters(), lr=0.05)
+    losses = []
+    for _ in range(5):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(images(), prompt(), labels=prompt()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_apply_errors() -> None:
+    mean, scale = statistics()
+    rbm = gaussian_rbm()
+
+    def refuses(error: Any, match: str, *arguments: Any, model: Any = None, **options: Any) -> None:
+        model = stock_model() if model is None else model
+        before = type(model)
+        with pytest.raises(error, match=match):
+            apply_rbm_to_blip(model, *arguments, **options)
+        assert type(model) is before
+        assert not any("rbm" in name for name, _ in model.named_parameters())
+
+    refuses(TypeError, "got Linear", rbm, mean, scale, model=nn.Linear(2, 2))
+    refuses(TypeError, "must be a BlipFor.*got BlipVisionModel", rbm, mean, scale,
+            model=BlipVisionModel(config().vision_config))  # fmt: skip
+    refuses(ValueError, "rbm must have D = 16 .*got 8", gaussian_rbm(8), mean, scale)
+    refuses(ValueError, "cls_rbm must have D = 16 .*got 8", rbm, mean, scale,
+            cls="apart", cls_rbm=gaussian_rbm(8))  # fmt: skip
+    refuses(ValueError, "Gaussian visible units.*'bernoulli'", RBM(WIDTH, 3), mean, scale)
+    refuses(TypeError, "rbm must be a rbm_kernels.RBM .*got NoneType", None, mean, scale)
+    refuses(TypeError, "got Linear", nn.Linear(WIDTH, WIDTH), mean, scale)
+    refuses(ValueError, "one way", rbm, *statistics(2), cls="apart",
+            cls_rbm=RBMReconstructor(rbm, k=2))  # fmt: skip
+    refuses(ValueError, "mode must be one of", rbm, mean, scale, mode="mean-field")
+    refuses(ValueError, "k must be an int of 1 or more, got 0", rbm, mean, scale, k=0)
+    refuses(ValueError, r"mean must be \[D\], got \[2, 16\]", rbm, *statistics(2))
+    refuses(ValueError, r"\[2, D\] with cls='apart', got \[16\]", rbm, mean, scale,
+            cls="apart", cls_rbm=rbm)  # fmt: skip
+    refuses(ValueError, "cls_reconstructor must be given", rbm, mean, scale, cls="apart")
+    refuses(ValueError, "cls must be one of", rbm, mean, scale, cls="both")
+    refuses(ValueError, "scale must be positive.*0.0", rbm, mean, scale * 0)
+    refuses(ValueError, "mean must be finite", rbm, mean * torch.nan, scale)
+    refuses(ValueError, "D = 9 visible", rbm, mean[:9], scale[:9])
+    refuses(ValueError, "one shape", rbm, mean, scale[:9])
+    refuses(TypeError, "mean must be a floating-point tensor", rbm, mean.long(), scale)
+    refuses(ValueError, "gate must be finite", rbm, mean, scale, gate=float("nan"))
+    patched = stock_model()
+    patched.vision_model.forward = patched.vision_model.forward
+    refuses(ValueError, "apply the RBM first", rbm, mean, scale, model=patched)
+
+
+def test_applied_twice_or_never() -> None:
+    model = put_in(stock_model(), gate=1.0)
+    expected = states(model)
+    with pytest.raises(ValueError, match="has an RBM already; take it out"):
+        put_in(model)
+    assert torch.equal(states(model), expected)
+    with pytest.raises(ValueError, match="got a BlipForConditionalGeneration without"):
+        remove_rbm_from_blip(stock_model())
+    with pytest.raises(TypeError, match="derived from BlipForConditionalGeneration"):
+        with_rbm(BlipVisionModel)  # type: ignore[arg-type]
