@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -325,3 +326,12 @@ def test_the_installed_version_is_the_source_version() -> None:
     import rbm_kernels
 
     assert installed == rbm_kernels.__version__
+
+
+def test_hooks_and_make_take_the_same_linters() -> None:
+    """The linters' versions stand in constraints.txt, and again in the pre-commit hooks."""
+    pattern = re.compile(r"\b((?:ruff|clang-format)==[\d.]+)")
+    pinned = set(pattern.findall((ROOT / "constraints.txt").read_text()))
+    hooks = set(pattern.findall((ROOT / ".pre-commit-config.yaml").read_text()))
+    assert len(pinned) == 2
+    assert hooks == pinned
