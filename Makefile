@@ -43,9 +43,9 @@ PYTEST := ../$(BIN)/pytest -q -n auto --dist loadfile
 	$(PIP_INSTALL) ".[train,bench]"
 	touch $@ .venv/train.stamp
 
-# The linters, and torch for the types that mypy reads; nothing of this package is built.
+# The linters, and what mypy reads types of; nothing of this package is built.
 .venv/lint.stamp: .venv/bin/python constraints.txt
-	$(PIP_INSTALL) torch "numpy<2.4" ruff mypy clang-format
+	$(PIP_INSTALL) torch "numpy<2.4" pillow huggingface_hub ruff mypy clang-format
 	touch $@
 
 demo: .venv/train.stamp
