@@ -335,3 +335,14 @@ def test_hooks_and_make_take_the_same_linters() -> None:
     hooks = set(pattern.findall((ROOT / ".pre-commit-config.yaml").read_text()))
     assert len(pinned) == 2
     assert hooks == pinned
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    pages += ROOT.glob("blip_integration/*.md")
+    broken = []
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not broken
