@@ -127,6 +127,26 @@ class Units(ABC):
     def sample(self, mean: Tensor, beta: Beta = 1.0) -> Tensor:
         """States of these means [B, V], drawn by PyTorch's own generator."""
 
+    def between(
+        self, other: Units, b: Tensor, other_b: Tensor, other_W: Tensor, share: float
+    ) -> tuple[Tensor, Tensor, Units]:
+        """A point of the geometric path from independent units to an RBM of the same kind.
+
+        Its energy is (1 - share) that of these units with bias b and without weights, plus share
+        times that of the other model. This is the form of kinds whose energy is linear in b.
+
+        Args:
+            other: The RBM's units, of this kind.
+            b: [V], the bias of the independent units.
+            other_b: [V], the RBM's bias.
+            other_W: [V, H], the RBM's weights.
+            share: From 0 to 1.
+
+        Returns:
+            The weights, the bias and the units of the RBM at this point.
+        """
+        return share * other_W, torch.lerp(b, other_b, share), self
+
     @abstractmethod
     def draw(self, x: Tensor, words: Tensor, beta: Beta = 1.0) -> tuple[Tensor, Tensor]:
         """States drawn from given random words under the arithmetic contract.

@@ -72,6 +72,19 @@ class Gaussian(Units):
         deviation = torch.exp(0.5 * self.log_var) / per_row(beta) ** 0.5
         return torch.randn_like(mean).mul_(deviation).add_(mean)
 
+    def between(
+        self, other: Units, b: Tensor, other_b: Tensor, other_W: Tensor, share: float
+    ) -> tuple[Tensor, Tensor, Gaussian]:
+        """Precisions mix linearly; completing the square gives the mean and the weights."""
+        (_, other_log_var), *_ = other.parameters()
+        mine, others = (1 - share) * exp_neg(self.log_var), share * exp_neg(other_log_var)
+        part = others / (mine + others)
+        return (
+            part[:, None] * other_W,
+            torch.lerp(b, other_b, part),
+            Gaussian(-(mine + others).log()),
+        )
+
     def draw(self, x: Tensor, words: Tensor, beta: Beta = 1.0) -> tuple[Tensor, Tensor]:
         noise = arithmetic.normal(words)[:, : x.shape[1]]
         root = arithmetic.sqrt(per_row_float32(beta, x))

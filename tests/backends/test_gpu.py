@@ -19,7 +19,7 @@ from support.tensors import binary, same
 from torch import Tensor
 
 import rbm_kernels as rk
-from rbm_kernels import likelihood
+from rbm_kernels import evaluation
 
 if not ON_GPU:
     reasons = "; ".join(f"{name}: {why_not_on(name, 'cuda:0')}" for name in ("cuda", "triton"))
@@ -508,8 +508,8 @@ def test_a_module_on_the_gpu(backend: str) -> None:
 def test_annealed_importance_sampling_on_the_gpu(backend: str) -> None:
     t = model(n_visible=100, n_hidden=10)
     W, b, c = t["W"], t["b"], t["c"]
-    exact = likelihood.log_partition_exact(W, b, c)
-    found = likelihood.ais(W, b, c, n_chains=1000, betas=300, seed=3, backend=backend)
+    exact = evaluation.log_partition_exact(W, b, c)
+    found = evaluation.ais(W, b, c, n_chains=1000, betas=300, seed=3, backend=backend)
     print(f"{backend}: log Z exact {exact.item():.3f}, AIS {found.log_z:.3f} +- {found.std:.3f}")
     assert abs(found.log_z - exact.item()) < max(4 * found.std, 0.02) < 0.3
 

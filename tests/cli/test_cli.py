@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import rbm_kernels
-from rbm_kernels import cli, training
+from rbm_kernels import cli, data, rbm
 from rbm_kernels.rbm import RBM
 
 SMALL = ["--hidden", "10", "--batch", "200", "--pcd", "30"]
@@ -92,7 +92,7 @@ def test_minutes(tmp_path):
 def test_interrupted_and_resumed_writes_what_a_straight_run_writes(tmp_path, monkeypatch, capsys):
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     assert train(straight, "--epochs", "3", "--no-plots") == 0
-    step, calls = training.cd_step, []
+    step, calls = rbm.cd_step, []
 
     def interrupting_step(*arguments, **options):
         calls.append(None)
@@ -100,7 +100,7 @@ def test_interrupted_and_resumed_writes_what_a_straight_run_writes(tmp_path, mon
             os.kill(os.getpid(), signal.SIGINT)
         return step(*arguments, **options)
 
-    monkeypatch.setattr(training, "cd_step", interrupting_step)
+    monkeypatch.setattr(rbm, "cd_step", interrupting_step)
     capsys.readouterr()
     assert train(parts, "--epochs", "3", "--no-plots") == 130
     message = capsys.readouterr().err
@@ -169,7 +169,7 @@ def test_sample_given_half(trained, tmp_path):
     command = ["sample", str(trained / "model.safetensors"), "-n", "5", "-k", "20"]
     command += ["--out", str(out), "--data", "digits", "--clamp", "top"]
     assert cli.main(command) == 0
-    digits = rbm_kernels.data.load("digits").values[[0, 449, 898, 1347, 1796]].numpy()
+    digits = data.load("digits").values[[0, 449, 898, 1347, 1796]].numpy()
     v = np.load(out)
     assert np.array_equal(v[:, :32], digits[:, :32])
     assert not np.array_equal(v[:, 32:], digits[:, 32:])
@@ -189,7 +189,9 @@ def test_bench(capsys, monkeypatch):
     ("command", "message"),
     [
         (["train", "no-such-file.npy"], "no-such-file.npy"),
-        (["train", "digits", "--hidden", "0"], "hidden must be at least 1, got 0"),
+        (["train", "digits", "--hidden", "0"], "n_hidden must be at least 1, got 0"),
+        (["train", "digits", "--pcd", "0"], "n_chains must be at least 1, got 0"),
+        (["train", "digits", "--cd", "--pcd", "9"], "--pcd: not allowed with argument --cd"),
         (["train", "digits", "--hidden", "many"], "--hidden: invalid int value: 'many'"),
         (["train", "digits", "--k", "0"], "k must be at least 1, got 0"),
         (["train", "digits", "--held-out", "2"], r"held_out must lie in (0, 1), got 2.0"),
@@ -234,7 +236,7 @@ def test_mistakes_of_sample(trained, tmp_path, monkeypatch, capsys, options, mes
 def test_resume_with_other_settings_or_data(trained, capsys):
     before = (trained / "checkpoint.pt").read_bytes()
     assert train(trained, "--resume", "--hidden", "11") == 2
-    assert "hidden must be as in the run that is resumed = 10, got 11" in capsys.readouterr().err
+    assert "n_hidden must be as in the run that is resumed = 10, got 11" in capsys.readouterr().err
     assert train(trained, "--resume", "--held-out", "0.3") == 2
     assert "trained on other data" in capsys.readouterr().err
     assert (trained / "checkpoint.pt").read_bytes() == before
@@ -247,3 +249,11 @@ def test_without_matplotlib_training_does_not_begin(tmp_path, monkeypatch, capsy
     assert "pip install 'rbm-kernels[train]'" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
     assert train(tmp_path, "--epochs", "1", "--no-plots") == 0
+
+
+def test_negative_phase_by_its_name(tmp_path, capsys):
+    command = ["train", "digits", "--epochs", "1", "--no-plots", "--hidden", "10"]
+    assert cli.main([*command, "--out", str(tmp_path), "--negative-phase", "cd"]) == 0
+    assert "64 x 10 units, CD-1\n" in capsys.readouterr().out
+    assert cli.main([*command, "--out", str(tmp_path), "--chains", "7"]) == 0
+    assert "PCD-1, 7 chains" in capsys.readouterr().out

@@ -254,3 +254,8 @@ def small_gaussian(
     g = torch.Generator().manual_seed(seed + 1000)
     log_var = (1.2 * torch.rand(n_visible, generator=g) - 0.6).double()
     return ExactGaussian(model.W, model.b, model.c, log_var, beta)
+
+
+def in_float32(model: Exact | ExactGaussian) -> tuple[Tensor, Tensor, Tensor]:
+    """W, b and c as a float32 model would hold them; the small models' values are exact in it."""
+    return model.W.float(), model.b.float(), model.c.float()

@@ -208,3 +208,20 @@ def test_bernoulli_log_partition_is_exact_in_float64() -> None:
     expected = np.logaddexp(0, x.numpy())
     got = Bernoulli().log_partition(x, x).numpy()
     np.testing.assert_allclose(got, expected, rtol=1e-15, atol=0)
+
+
+@each_kind
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_between_mixes_energies(case: Kind, share: float) -> None:
+    """Of any hidden state, up to a constant that does not depend on v."""
+    units, rows = case.units, _rows(case.units)
+    b, other_b, field = _numbers(3, seed=1), _numbers(3, seed=2), _numbers(3, 1, seed=3)
+    other = units
+    for name, value in units.parameters():
+        assert name == "log_var"
+        other = Gaussian(value + 0.4)
+    W, middle_b, middle = units.between(other, b, other_b, field, share)
+    found = middle.energy(rows, middle_b) - (middle.given(rows) @ W)[:, 0]
+    end = other.energy(rows, other_b) - (other.given(rows) @ field)[:, 0]
+    difference = found - (1 - share) * units.energy(rows, b) - share * end
+    torch.testing.assert_close(difference, difference[:1].expand(len(rows)), rtol=0, atol=1e-12)

@@ -1,8 +1,7 @@
 // The caller's element types.
 #pragma once
 
-#include "cuda/arch/device.h"
-#include "cuda/types.h"
+#include "cuda/tiled/half_sweep.h"
 #include "include/rbm/math.h"
 
 namespace rbm::cuda {

@@ -1,9 +1,7 @@
 // The gradient of the weights and biases, both phases in one launch.
 #pragma once
 
-#include "cuda/arch/device.h"
-#include "cuda/types.h"
-#include "include/rbm/operand_layout.h"
+#include "cuda/tiled/half_sweep.h"
 
 namespace rbm::cuda {
 
