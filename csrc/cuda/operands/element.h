@@ -1,7 +1,8 @@
 // The caller's element types.
 #pragma once
 
-#include "cuda/tiled/half_sweep.h"
+#include "cuda/arch/device.h"
+#include "cuda/types.h"
 #include "include/rbm/math.h"
 
 namespace rbm::cuda {

@@ -5,8 +5,9 @@
 // between are launched for both cases: the host never waits to know.
 #pragma once
 
-#include "cuda/ops/operations.h"
-#include "cuda/tiled/half_sweep.h"
+#include "cuda/arch/device.h"
+#include "cuda/types.h"
+#include "include/rbm/operand_layout.h"
 
 namespace rbm::cuda {
 

@@ -4,7 +4,9 @@
 
 #include "cuda/operands/operands.h"
 #include "cuda/ops/choose.h"
+#include "cuda/ops/operations.h"
 #include "cuda/resident/chain.h"
+#include "cuda/tiled/half_sweep.h"
 
 namespace rbm::cuda {
 

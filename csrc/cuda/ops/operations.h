@@ -4,24 +4,11 @@
 // With no workspace nothing is launched: the call learns how many bytes it needs.
 #pragma once
 
-#include <cstdint>
 #include <string>
 
+#include "cuda/types.h"
+
 namespace rbm::cuda {
-
-enum class Element : int;  // half_sweep.h
-
-struct Matrix {
-  const void* data;
-  Element element;
-  int64_t rows, cols, row_stride, col_stride;
-  bool binary;  // known to hold nothing but 0 and 1
-};
-
-struct Temperature {
-  float beta;
-  const float* betas;  // [rows], or null: `beta` for all
-};
 
 struct Call {
   const int64_t* seed;  // int64[2]: seed, offset

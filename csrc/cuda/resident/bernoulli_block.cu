@@ -33,14 +33,14 @@ BlockModel block_model(int n_visible, int n_hidden, int digits, int team, bool g
 }
 
 unsigned shared_bytes_of(const BlockModel& m) {
-  return m.states + m.team_bytes * static_cast<unsigned>(kWarps / m.team);
+  return m.states + m.team_bytes * static_cast<unsigned>(kBlockWarps / m.team);
 }
 
 // The smallest team, whose blocks run the most chains, that leaves room for all states; 0: none.
 int smallest_team(int n_visible, int n_hidden, int digits, int shared_bytes, bool gaussian) {
   // Offsets are 32-bit; nothing near this size fits.
   if (int64_t{n_visible} * n_hidden > shared_bytes) return 0;
-  for (int team = 1; team <= kWarps; team *= 2) {
+  for (int team = 1; team <= kBlockWarps; team *= 2) {
     const BlockModel m = block_model(n_visible, n_hidden, digits, team, gaussian);
     if (shared_bytes_of(m) <= static_cast<unsigned>(shared_bytes)) return team;
   }
@@ -55,9 +55,9 @@ RBM_DEVICE BlockLayer drawn_layer(const BlockModel& m, bool visible) {
 }
 
 // kGroups: groups of 16 units that a warp computes together; as many as 128 registers allow.
-template <int digits, int kGroups> __global__ void __launch_bounds__(32 * kWarps, 1)
+template <int digits, int kGroups> __global__ void __launch_bounds__(32 * kBlockWarps, 1)
     chain_in_block(const Chain a, const BlockModel m) {
-  if (a.guard.state != nullptr && *a.guard.state != a.guard.wanted) return;
+  if (guarded_out(a.guard)) return;
   unsigned char* shared = shared_memory();
   load_layer(m.hidden, digits, a.to_hidden, a.hidden_bias);
   load_layer(m.visible, digits, a.to_visible, a.visible_bias);
@@ -66,7 +66,7 @@ template <int digits, int kGroups> __global__ void __launch_bounds__(32 * kWarps
   __syncthreads();
 
   const int warp = static_cast<int>(threadIdx.x) / 32, member = warp % m.team;
-  const int teams = kWarps / m.team, team = warp / m.team;
+  const int teams = kBlockWarps / m.team, team = warp / m.team;
   uint32_t* visible_states =
       reinterpret_cast<uint32_t*>(shared + m.states + m.team_bytes * static_cast<unsigned>(team));
   uint32_t* hidden_states = visible_states + kWarpChains * m.hidden.steps;
@@ -134,14 +134,14 @@ int chain(const Chain& a, int digits, cudaStream_t stream) {
   const int kernel_groups = gaussian ? 1 : digits == 2 ? 4 : 2;
   const int64_t teams = (a.rows + kWarpChains - 1) / kWarpChains;
   const int largest = groups_of(std::max(a.n_visible, a.n_hidden));
-  while (team < kWarps && team * kernel_groups < largest &&
-         2 * team * teams <= int64_t{kWarps} * multiprocessors) {
+  while (team < kBlockWarps && team * kernel_groups < largest &&
+         2 * team * teams <= int64_t{kBlockWarps} * multiprocessors) {
     team *= 2;
   }
   const BlockModel m = block_model(a.n_visible, a.n_hidden, digits, team, gaussian);
-  const int64_t blocks = (teams * team + kWarps - 1) / kWarps;
+  const int64_t blocks = (teams * team + kBlockWarps - 1) / kBlockWarps;
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, multiprocessors)));
-  const Launch where{grid, dim3(32 * kWarps), shared_bytes_of(m), 1, stream};
+  const Launch where{grid, dim3(32 * kBlockWarps), shared_bytes_of(m), 1, stream};
   if (gaussian) return launch_gaussian_chain(a, m, digits, where);
   return launch(digits == 2 ? chain_in_block<2, 4> : chain_in_block<3, 2>, where, a, m);
 }

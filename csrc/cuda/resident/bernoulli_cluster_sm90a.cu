@@ -156,7 +156,7 @@ RBM_DEVICE void run_slice(const Chain& a, const HalfSweepOfWarp& h, const WarpCh
 // one before, as it has its own part in each.
 template <int digits, int groups> __global__ void __launch_bounds__(groups* kGroupThreads, 1)
     chain_in_cluster(const Chain a, const ClusterModel m) {
-  if (a.guard.state != nullptr && *a.guard.state != a.guard.wanted) return;
+  if (guarded_out(a.guard)) return;
   unsigned char* shared = shared_memory();
   // By a shuffle, so that the compiler knows it to be the same for all lanes.
   const int warp = shuffle(static_cast<int>(threadIdx.x) / 32, 0);

@@ -5,7 +5,7 @@
 
 namespace rbm::cuda {
 
-constexpr int kWarps = 16;
+constexpr int kBlockWarps = 16;
 // Words of a step's real states, one each.
 constexpr int kStepValues = 32 * kWarpChains;
 

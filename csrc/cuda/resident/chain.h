@@ -1,8 +1,9 @@
 // k sweeps in one launch, with the weights resident in shared memory.
 #pragma once
 
-#include "cuda/ops/operations.h"
-#include "cuda/tiled/half_sweep.h"
+#include "cuda/arch/device.h"
+#include "cuda/types.h"
+#include "include/rbm/operand_layout.h"
 
 namespace rbm::cuda {
 

@@ -247,9 +247,9 @@ RBM_DEVICE void store_group(uint32_t* states, const WarpChains& w, int group,
 // have been read by then too, and drawn values may take their place. So may what the next chains
 // start from: the last half-sweep reads nothing but hidden states, which are not written before the
 // next two waits.
-template <int digits> __global__ void __launch_bounds__(32 * kWarps, 1)
+template <int digits> __global__ void __launch_bounds__(32 * kBlockWarps, 1)
     gaussian_chain_in_block(const Chain a, const BlockModel m) {
-  if (a.guard.state != nullptr && *a.guard.state != a.guard.wanted) return;
+  if (guarded_out(a.guard)) return;
   unsigned char* shared = shared_memory();
   load_layer(m.hidden, digits, a.to_hidden, a.hidden_bias);
   load_layer(m.visible, digits, a.to_visible, a.visible_bias);
@@ -258,13 +258,13 @@ template <int digits> __global__ void __launch_bounds__(32 * kWarps, 1)
   const float* visible_bias = reinterpret_cast<const float*>(shared + m.visible.bias);
   float* spread = reinterpret_cast<float*>(shared + m.spread);
   float* precision = reinterpret_cast<float*>(shared + m.precision);
-  for (int i = static_cast<int>(threadIdx.x); i < 16 * m.visible.groups; i += 32 * kWarps) {
+  for (int i = static_cast<int>(threadIdx.x); i < 16 * m.visible.groups; i += 32 * kBlockWarps) {
     spread[i] = i < a.n_visible ? value_spread(a, i) : 0.0f;
     precision[i] = i < a.n_visible ? a.precision[i] : 0.0f;
   }
 
   const int warp = static_cast<int>(threadIdx.x) / 32, member = warp % m.team;
-  const int teams = kWarps / m.team, team = warp / m.team, first_warp = m.team * team;
+  const int teams = kBlockWarps / m.team, team = warp / m.team, first_warp = m.team * team;
   unsigned char* states = shared + m.states + m.team_bytes * static_cast<unsigned>(team);
   uint32_t* values = reinterpret_cast<uint32_t*>(states);
   uint32_t* hidden_states = reinterpret_cast<uint32_t*>(states + m.hidden_states);

@@ -420,7 +420,7 @@ template <int digits> RBM_DEVICE void hidden_slice(const Chain& a, const Gaussia
 // Sweeps are counted on from one group of chains to the next, with nothing sent between them.
 template <int digits> __global__ void __launch_bounds__(kMostGroups* kGroupThreads, 1)
     gaussian_chain_in_cluster(const Chain a, const GaussianModel m) {
-  if (a.guard.state != nullptr && *a.guard.state != a.guard.wanted) return;
+  if (guarded_out(a.guard)) return;
   unsigned char* shared = shared_memory();
   // By a shuffle, so that the compiler knows it to be the same for all lanes.
   const int warp = shuffle(static_cast<int>(threadIdx.x) / 32, 0);

@@ -14,9 +14,9 @@ constexpr int64_t kStepsOfValues = 512;
 // Groups of 16 hidden units of a warp. Fixed-point values need more sums for each unit.
 template <bool real> constexpr int kGroups = real ? 1 : 2;
 
-template <int digits, bool real> __global__ void __launch_bounds__(kThreads, 1)
+template <int digits, bool real> __global__ void __launch_bounds__(kTileThreads, 1)
     gradient_kernel(const Gradient a) {
-  if (a.guard.state != nullptr && *a.guard.state != a.guard.wanted) return;
+  if (guarded_out(a.guard)) return;
   constexpr int groups = kGroups<real>, units = 32 * groups, n = 16 * groups;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kTileRows;
   const int64_t unit0 = static_cast<int64_t>(blockIdx.y) * units;
@@ -70,7 +70,7 @@ template <int digits, bool real> __global__ void __launch_bounds__(kThreads, 1)
     finish_gradient<real>(a, row0 + warp.row + warp.r + 8 * (j / 4 % 4),
                           unit0 + warp.unit * groups / 2 + 16 * (j / 16) + 4 * warp.q, four);
   }
-  finish_bias_gradients<real>(a, row0, kTileRows, unit0, units, kThreads);
+  finish_bias_gradients<real>(a, row0, kTileRows, unit0, units, kTileThreads);
 }
 
 }  // namespace
@@ -84,7 +84,7 @@ int gradient(const Gradient& a, int digits, bool real, cudaStream_t stream) {
            : (digits == 2 ? bits_shared_bytes<2>() : bits_shared_bytes<3>());
   const auto kernel = real ? (digits == 2 ? gradient_kernel<2, true> : gradient_kernel<3, true>)
                            : (digits == 2 ? gradient_kernel<2, false> : gradient_kernel<3, false>);
-  return launch(kernel, {grid, dim3(kThreads), bytes, 1, stream}, a);
+  return launch(kernel, {grid, dim3(kTileThreads), bytes, 1, stream}, a);
 }
 
 }  // namespace rbm::cuda

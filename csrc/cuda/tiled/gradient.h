@@ -1,7 +1,9 @@
 // The gradient of the weights and biases, both phases in one launch.
 #pragma once
 
-#include "cuda/tiled/half_sweep.h"
+#include "cuda/arch/device.h"
+#include "cuda/types.h"
+#include "include/rbm/operand_layout.h"
 
 namespace rbm::cuda {
 

@@ -26,7 +26,7 @@ RBM_DEVICE double difference(const Gradient& a, const int32_t (&sums)[Plan<digit
 
 template <int digits, bool equal> __global__ void __launch_bounds__(sm90a::kThreads, 1)
     gradient_kernel(const Gradient a) {
-  if (a.guard.state != nullptr && *a.guard.state != a.guard.wanted) return;
+  if (guarded_out(a.guard)) return;
   using P = Plan<digits, equal>;
   const int data_blocks = static_cast<int>((a.data_rows + kBlock - 1) / kBlock);
   const int chain_blocks = static_cast<int>((a.chain_rows + kBlock - 1) / kBlock);

@@ -26,9 +26,9 @@ RBM_DEVICE void finish(const HalfSweep& a, int64_t row0, int64_t unit0, const Su
                                   [&](int g, int s, int i) { return x[g][s][i]; });
 }
 
-template <int digits> __global__ void __launch_bounds__(kThreads, 1)
+template <int digits> __global__ void __launch_bounds__(kTileThreads, 1)
     half_sweep_of_bits(const HalfSweep a) {
-  if (a.guard.state != nullptr && *a.guard.state != a.guard.wanted) return;
+  if (guarded_out(a.guard)) return;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kTileRows;
   const int64_t unit0 = static_cast<int64_t>(blockIdx.y) * kTileUnits;
   Sums<digits> sums;
@@ -38,9 +38,9 @@ template <int digits> __global__ void __launch_bounds__(kThreads, 1)
   finish<digits, false>(a, row0, unit0, sums);
 }
 
-template <int digits> __global__ void __launch_bounds__(kThreads, 1)
+template <int digits> __global__ void __launch_bounds__(kTileThreads, 1)
     half_sweep_of_values(const HalfSweep a) {
-  if (a.guard.state != nullptr && *a.guard.state != a.guard.wanted) return;
+  if (guarded_out(a.guard)) return;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kTileRows;
   const int64_t unit0 = static_cast<int64_t>(blockIdx.y) * kTileUnits;
   Sums<2 * digits - 1> sums;
@@ -61,7 +61,7 @@ int half_sweep(const HalfSweep& a, int digits, bool real, cudaStream_t stream) {
            : (digits == 2 ? bits_shared_bytes<2>() : bits_shared_bytes<3>());
   const auto kernel = real ? (digits == 2 ? half_sweep_of_values<2> : half_sweep_of_values<3>)
                            : (digits == 2 ? half_sweep_of_bits<2> : half_sweep_of_bits<3>);
-  return launch(kernel, {grid, dim3(kThreads), bytes, 1, stream}, a);
+  return launch(kernel, {grid, dim3(kTileThreads), bytes, 1, stream}, a);
 }
 
 }  // namespace rbm::cuda

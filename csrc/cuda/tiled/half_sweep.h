@@ -1,23 +1,11 @@
 // One half-sweep: the weighted sums of a layer and what becomes of them, in one launch.
 #pragma once
 
-#include <cstdint>
-
 #include "cuda/arch/device.h"
+#include "cuda/types.h"
 #include "include/rbm/operand_layout.h"
 
 namespace rbm::cuda {
-
-// What an array of the caller's holds. Bytes are uint8 (any value) or bool.
-enum class Element : int { float32, float16, bfloat16, byte };
-
-enum class Draw : int { none, bernoulli, gaussian };
-
-// Which kernels of a pair run: `state` is set on the device where real values were found.
-struct Guard {
-  const int32_t* state = nullptr;  // null: always
-  int32_t wanted = 0;              // the kernel runs where *state == wanted
-};
 
 // All pointers are the device's; results that are null are not computed.
 struct HalfSweep {

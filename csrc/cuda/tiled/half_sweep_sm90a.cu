@@ -10,7 +10,7 @@ template <int digits> using Plan = sm90a::Plan<digits, 1, false>;
 
 template <int digits> __global__ void __launch_bounds__(sm90a::kThreads, 1)
     half_sweep_kernel(const HalfSweep a) {
-  if (a.guard.state != nullptr && *a.guard.state != a.guard.wanted) return;
+  if (guarded_out(a.guard)) return;
   using P = Plan<digits>;
   const int blocks = (a.given + kBlock - 1) / kBlock, rows = static_cast<int>(a.rows);
   const P plan{{blocks}};

@@ -10,7 +10,7 @@
 
 namespace rbm::cuda {
 
-constexpr int kThreads = 256;
+constexpr int kTileThreads = 256;
 constexpr int kTileRows = 128, kTileUnits = 64;
 
 struct Warp {
@@ -54,9 +54,9 @@ RBM_DEVICE void copy_planes(unsigned char* shared, const Planes& planes, int64_t
                             int64_t first_chunk) {
   constexpr int pieces = digits * chunks * rows;
 #pragma unroll 1  // unrolled, the addresses of all pieces would stay in registers
-  for (int first = 0; first < pieces; first += kThreads) {
+  for (int first = 0; first < pieces; first += kTileThreads) {
     const int piece = first + static_cast<int>(threadIdx.x);
-    if (pieces % kThreads != 0 && piece >= pieces) break;
+    if (pieces % kTileThreads != 0 && piece >= pieces) break;
     const int row = piece % rows, chunk = piece / rows % chunks, digit = piece / rows / chunks;
     copy_async16(shared + piece * kChunk,
                  planes.data + chunk_offset(planes, digit, first_chunk + chunk, row0 + row), true);
