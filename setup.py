@@ -52,7 +52,7 @@ ISAS: list[tuple[str, tuple[str, ...], list[str]]] = [
 # operations must round twice, or instruction sets would draw different samples.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 CXX_FLAGS += ["-ffp-contract=off", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
-# gcc 12 warns of uninitialised values inside its own AVX-512 header; clang lacks that warning.
+# gcc 12 warns of uninitialized values inside its own AVX-512 header; clang lacks that warning.
 CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas=-v", "-lineinfo"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]

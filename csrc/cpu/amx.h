@@ -7,7 +7,7 @@
 
 #include "cpu/rows.h"
 
-namespace rbm {
+namespace rbm::cpu {
 namespace {
 
 constexpr bool kBinaryAsBytes = true;
@@ -181,4 +181,4 @@ template <class Rows> void binary_product(const Operand& a, const Rows& rows, in
 }
 
 }  // namespace
-}  // namespace rbm
+}  // namespace rbm::cpu

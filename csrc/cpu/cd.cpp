@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <numeric>
 
-#include "cpu/sample.h"
+#include "cpu/model.h"
 
-namespace rbm {
+namespace rbm::cpu {
 namespace {
 
 // One phase: p(h|v) of its states as fixed point, and the sums that the free energy needs.
@@ -107,7 +107,7 @@ int cd_step(const Input& v, const Matrix& W, const float* b, const float* c, int
   const bool real = !data.binary() || !chain.visible.binary();
   const float scale =
       real ? scale_of(std::max(largest_state(data, call), largest_state(chain.visible, call)),
-                      call.limbs)
+                      call.digits)
            : 1.0f;
   positive.visible = make_transposed(data, real, scale, call, positive.counts.get());
   negative.visible = make_transposed(chain.visible, real, scale, call, negative.counts.get());
@@ -148,4 +148,4 @@ int cd_step(const Input& v, const Matrix& W, const float* b, const float* c, int
   return kNone;
 }
 
-}  // namespace rbm
+}  // namespace rbm::cpu

@@ -8,7 +8,7 @@
 
 #include "cpu/kernels.h"
 
-namespace rbm {
+namespace rbm::cpu {
 namespace {
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -76,4 +76,4 @@ const Kernels* widest_kernels() {
   return nullptr;
 }
 
-}  // namespace rbm
+}  // namespace rbm::cpu

@@ -1,9 +1,9 @@
 // Free energies: a product whose epilogue sums softplus, so that no [B, H] matrix is written.
 #include <algorithm>
 
-#include "cpu/sample.h"
+#include "cpu/model.h"
 
-namespace rbm {
+namespace rbm::cpu {
 
 int free_energy(const Input& v, const Matrix& W, const float* b, const float* c,
                 const float* log_var, Temperature temperature, float* out, const Call& call) {
@@ -41,4 +41,4 @@ int free_energy(const Input& v, const Matrix& W, const float* b, const float* c,
   return kNone;
 }
 
-}  // namespace rbm
+}  // namespace rbm::cpu

@@ -1,9 +1,9 @@
 // k sweeps of block Gibbs sampling.
 #include <cstring>
 
-#include "cpu/sample.h"
+#include "cpu/model.h"
 
-namespace rbm {
+namespace rbm::cpu {
 
 bool Chain::sweep(int64_t index, bool hidden_drawn, const HalfSweep* clamp, Output last) {
   if (!hidden_drawn) {
@@ -83,13 +83,13 @@ int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c
     held.held_stride = clamp.mask_stride ? mask.stride : 0;
   }
   if (!read_states(initial, call, chain.visible)) return kStates;
-  // Grey values held still in a Bernoulli layer keep the whole chain real: the draws are put back
+  // Gray values held still in a Bernoulli layer keep the whole chain real: the draws are put back
   // among them after each sweep.
-  const bool grey = clamp.mask && !model.gaussian() && !chain.visible.binary();
+  const bool gray = clamp.mask && !model.gaussian() && !chain.visible.binary();
   if (clamp.mask && model.gaussian()) {
     held.held_states = start.get();
     held.held_states_stride = V;
-  } else if (clamp.mask && !grey) {
+  } else if (clamp.mask && !gray) {
     held_bits = States::packed(v.rows, V);
     std::memcpy(held_bits.bits.get(), chain.visible.bits.get(),
                 static_cast<size_t>(v.rows * chain.visible.stride));
@@ -97,13 +97,13 @@ int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c
     held.held_bits_stride = held_bits.stride;
   }
   Buffer<float> drawn;
-  if (grey) drawn = Buffer<float>(v.rows * V);
+  if (gray) drawn = Buffer<float>(v.rows * V);
   for (int64_t sweep = 0; sweep < k; ++sweep) {
     const bool last = sweep == k - 1;
     Output out = last ? states : Output{nullptr, nullptr};
-    if (grey) out = Output{drawn.get(), nullptr};
-    if (!chain.sweep(sweep, false, clamp.mask && !grey ? &held : nullptr, out)) return kStates;
-    if (grey) {
+    if (gray) out = Output{drawn.get(), nullptr};
+    if (!chain.sweep(sweep, false, clamp.mask && !gray ? &held : nullptr, out)) return kStates;
+    if (gray) {
       for (int64_t m = 0; m < v.rows; ++m) {
         for (int64_t i = 0; i < V; ++i) {
           if (clamp.mask[m * clamp.mask_stride + i])
@@ -115,8 +115,8 @@ int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c
       read_states(mixed, call, chain.visible);
     }
   }
-  if (model.gaussian() || grey) {
-    const float* final_states = grey ? drawn.get() : chain.visible.real.get();
+  if (model.gaussian() || gray) {
+    const float* final_states = gray ? drawn.get() : chain.visible.real.get();
     for (int64_t i = 0; i < v.rows * V; ++i) {
       if (states.floats) states.floats[i] = final_states[i];
       if (states.bytes) states.bytes[i] = static_cast<uint8_t>(final_states[i]);
@@ -125,4 +125,4 @@ int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c
   return kNone;
 }
 
-}  // namespace rbm
+}  // namespace rbm::cpu

@@ -35,15 +35,15 @@
 
 #include <cstdlib>
 
-namespace rbm {
+namespace rbm::cpu {
 namespace {
 
 // What a thread needs while it works on a tile.
 struct Scratch {
   BinaryScratch binary;
   RealScratch real;
-  alignas(64) int32_t sums[kBlock * kTile];   // [rows, 16] exact sums that int32 holds
-  alignas(64) double totals[kBlock * kTile];  // [rows, 16] those that it does not
+  alignas(64) int32_t sums[kPassRows * kTile];   // [rows, 16] exact sums that int32 holds
+  alignas(64) double totals[kPassRows * kTile];  // [rows, 16] those that it does not
 };
 
 Scratch& scratch() {
@@ -152,8 +152,8 @@ void half_sweep(const HalfSweep& h, int64_t tile, int64_t row_begin, int64_t row
   const bool random = h.bits || h.states || h.bytes;
   const bool real = h.given.fixed != nullptr;
   const bool totals = real || h.given.K > (h.wide ? kSafeRows : kSafeNarrowRows);
-  for (int64_t begin = row_begin; begin < row_end; begin += kBlock) {
-    const int64_t end = begin + kBlock < row_end ? begin + kBlock : row_end;
+  for (int64_t begin = row_begin; begin < row_end; begin += kPassRows) {
+    const int64_t end = begin + kPassRows < row_end ? begin + kPassRows : row_end;
     if (totals) clear(s.totals, end - begin);
     if (real) {
       real_product(h.given, rows, begin, end, s.real, s.totals, 1.0);
@@ -172,8 +172,8 @@ void gradient(const Gradient& g, int64_t tile, int64_t row_begin, int64_t row_en
   Scratch& s = scratch();
   const int64_t col = tile * kTile;
   const int n = static_cast<int>(g.n_hidden - col < kTile ? g.n_hidden - col : kTile);
-  for (int64_t begin = row_begin; begin < row_end; begin += kBlock) {
-    const int64_t end = begin + kBlock < row_end ? begin + kBlock : row_end;
+  for (int64_t begin = row_begin; begin < row_end; begin += kPassRows) {
+    const int64_t end = begin + kPassRows < row_end ? begin + kPassRows : row_end;
     clear(s.totals, end - begin);
     for (const Phase& phase : g.phase) {
       const HiddenRows rows{phase.hidden, phase.hidden_stride, col};
@@ -275,4 +275,4 @@ const Kernels RBM_TABLE = {RBM_NAME,   kBinaryAsBytes, largest,     pack_floats,
                            pack_bytes, group_offsets,  expand_bits, fix,
                            half_sweep, gradient,       exp_neg_all};
 
-}  // namespace rbm
+}  // namespace rbm::cpu

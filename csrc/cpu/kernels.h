@@ -6,7 +6,7 @@
 
 #include "include/rbm/philox.h"
 
-namespace rbm {
+namespace rbm::cpu {
 
 constexpr int kTile = 16;                   // output units computed together
 constexpr int kMaxGroup = 6;                // states looked up together
@@ -120,4 +120,4 @@ const Kernels* kernels_named(const char* name);
 // The widest that this processor runs.
 const Kernels* widest_kernels();
 
-}  // namespace rbm
+}  // namespace rbm::cpu

@@ -8,15 +8,15 @@
 
 #include "cpu/rows.h"
 
-namespace rbm {
+namespace rbm::cpu {
 namespace {
 
-constexpr int kChunk = 12;  // tables looked up per pass over the chains: 48 KB at group 6
+constexpr int kTables = 12;  // tables looked up per pass over the chains: 48 KB at group 6
 
 constexpr bool kBinaryAsBytes = false;
 
 struct BinaryScratch {
-  alignas(64) char tables[kChunk << (kMaxGroup + 6)];
+  alignas(64) char tables[kTables << (kMaxGroup + 6)];
 };
 
 // table[e] = sum of the rows whose bit is set in e. The sums of the first three rows stay in
@@ -56,6 +56,18 @@ template <int group, int count> void add_entries(const uint16_t* groups, int64_t
   }
 }
 
+// totals += weight * sums; sums = 0.
+void fold(int32_t* sums, int64_t rows, double weight, double* totals) {
+  const D8 w = splat(weight);
+  for (int64_t m = 0; m < rows; ++m, sums += kTile, totals += kTile) {
+    D8 low, high;
+    widen(load(sums), low, high);
+    store(totals, fma(w, low, load(totals)));
+    store(totals + 8, fma(w, high, load(totals + 8)));
+    store(sums, I16(0));
+  }
+}
+
 template <int group, class Rows> void binary_product(const Operand& a, const Rows& rows,
                                                      int64_t begin, int64_t end, BinaryScratch& s,
                                                      int32_t* sums, double* totals, double weight) {
@@ -63,8 +75,8 @@ template <int group, class Rows> void binary_product(const Operand& a, const Row
   const int64_t count = end - begin;
   const uint16_t* groups = a.groups + begin * a.n_groups;
   int64_t pending = 0;
-  for (int64_t g = 0; g < a.n_groups; g += kChunk) {
-    const int n = static_cast<int>(a.n_groups - g < kChunk ? a.n_groups - g : kChunk);
+  for (int64_t g = 0; g < a.n_groups; g += kTables) {
+    const int n = static_cast<int>(a.n_groups - g < kTables ? a.n_groups - g : kTables);
     if (totals && pending + n * group > kSafeRows) {
       fold(sums, count, weight, totals);
       pending = 0;
@@ -73,9 +85,9 @@ template <int group, class Rows> void binary_product(const Operand& a, const Row
     for (int i = 0; i < n; ++i)
       build_table<group>(reader, (g + i) * group, a.K, s.tables + (i << (group + 6)));
     int i = 0;
-    if (n == kChunk) {
-      add_entries<group, kChunk>(groups + g, a.n_groups, count, s.tables, sums);
-      i = kChunk;
+    if (n == kTables) {
+      add_entries<group, kTables>(groups + g, a.n_groups, count, s.tables, sums);
+      i = kTables;
     }
     for (; i + 4 <= n; i += 4)
       add_entries<group, 4>(groups + g + i, a.n_groups, count, s.tables + (i << (group + 6)), sums);
@@ -107,4 +119,4 @@ template <class Rows> void binary_product(const Operand& a, const Rows& rows, in
 }
 
 }  // namespace
-}  // namespace rbm
+}  // namespace rbm::cpu

@@ -4,7 +4,7 @@
 #include "cpu/operations.h"
 
 namespace py = pybind11;
-using namespace rbm;
+using namespace rbm::cpu;
 
 namespace {
 
@@ -13,8 +13,8 @@ template <class T> T* at(Address address) { return reinterpret_cast<T*>(address)
 
 const Kernels* g_kernels = widest_kernels();
 
-Call call(Address seed, int64_t chain_offset, int limbs, int threads) {
-  return {g_kernels, at<const int64_t>(seed), static_cast<uint32_t>(chain_offset), limbs, threads};
+Call call(Address seed, int64_t chain_offset, int digits, int threads) {
+  return {g_kernels, at<const int64_t>(seed), static_cast<uint32_t>(chain_offset), digits, threads};
 }
 
 // `width` is 4 for float32, 1 for bytes.
@@ -30,21 +30,21 @@ int py_sample(Address given, int given_width, int64_t rows, int64_t K, int64_t g
               Address weight, int64_t N, int64_t row_stride, int64_t col_stride, Address bias,
               Address given_log_var, Address drawn_log_var, Address beta, int64_t beta_stride,
               Address states, int states_width, Address means, Address sums, Address seed,
-              int64_t chain_offset, int limbs, int threads) {
+              int64_t chain_offset, int digits, int threads) {
   py::gil_scoped_release release;
   return sample(input(given, given_width, rows, K, given_stride),
                 {at<const float>(weight), K, N, row_stride, col_stride}, at<const float>(bias),
                 at<const float>(given_log_var), at<const float>(drawn_log_var),
                 {at<const float>(beta), beta_stride}, output(states, states_width),
-                at<float>(means), at<double>(sums), call(seed, chain_offset, limbs, threads));
+                at<float>(means), at<double>(sums), call(seed, chain_offset, digits, threads));
 }
 
 int py_gibbs_sample(Address v, int v_width, int64_t rows, int64_t v_stride, Address W, int64_t V,
                     int64_t H, int64_t row_stride, int64_t col_stride, Address b, Address c,
                     int64_t k, Address log_var, Address beta, int64_t beta_stride, Address mask,
                     int64_t mask_stride, Address values, int values_width, int64_t values_stride,
-                    Address states, int states_width, Address seed, int64_t chain_offset, int limbs,
-                    int threads) {
+                    Address states, int states_width, Address seed, int64_t chain_offset,
+                    int digits, int threads) {
   py::gil_scoped_release release;
   const Clamp clamp{at<const uint8_t>(mask), mask_stride,
                     input(values, values_width, rows, V, values_stride)};
@@ -52,18 +52,18 @@ int py_gibbs_sample(Address v, int v_width, int64_t rows, int64_t v_stride, Addr
                       {at<const float>(W), V, H, row_stride, col_stride}, at<const float>(b),
                       at<const float>(c), k, at<const float>(log_var),
                       {at<const float>(beta), beta_stride}, clamp, output(states, states_width),
-                      call(seed, chain_offset, limbs, threads));
+                      call(seed, chain_offset, digits, threads));
 }
 
 int py_free_energy(Address v, int v_width, int64_t rows, int64_t v_stride, Address W, int64_t V,
                    int64_t H, int64_t row_stride, int64_t col_stride, Address b, Address c,
-                   Address log_var, Address beta, int64_t beta_stride, Address out, int limbs,
+                   Address log_var, Address beta, int64_t beta_stride, Address out, int digits,
                    int threads) {
   py::gil_scoped_release release;
   return free_energy(
       input(v, v_width, rows, V, v_stride), {at<const float>(W), V, H, row_stride, col_stride},
       at<const float>(b), at<const float>(c), at<const float>(log_var),
-      {at<const float>(beta), beta_stride}, at<float>(out), call(0, 0, limbs, threads));
+      {at<const float>(beta), beta_stride}, at<float>(out), call(0, 0, digits, threads));
 }
 
 int py_cd_step(Address v, int v_width, int64_t rows, int64_t v_stride, Address W, int64_t V,
@@ -71,7 +71,7 @@ int py_cd_step(Address v, int v_width, int64_t rows, int64_t v_stride, Address W
                Address chains, int chains_width, int64_t n_chains, int64_t chains_stride,
                Address log_var, Address grad_W, int64_t grad_W_stride, Address grad_b,
                Address grad_c, bool accumulate, Address advanced, int advanced_width,
-               Address energies, Address seed, int64_t chain_offset, int limbs, int threads) {
+               Address energies, Address seed, int64_t chain_offset, int digits, int threads) {
   py::gil_scoped_release release;
   const Input persistent = input(chains, chains_width, n_chains, V, chains_stride);
   const CdOutput out{at<float>(grad_W),  grad_W_stride, at<float>(grad_b),
@@ -80,7 +80,7 @@ int py_cd_step(Address v, int v_width, int64_t rows, int64_t v_stride, Address W
   return cd_step(input(v, v_width, rows, V, v_stride),
                  {at<const float>(W), V, H, row_stride, col_stride}, at<const float>(b),
                  at<const float>(c), k, chains ? &persistent : nullptr, at<const float>(log_var),
-                 out, call(seed, chain_offset, limbs, threads));
+                 out, call(seed, chain_offset, digits, threads));
 }
 
 void use(const std::string& name) {
@@ -93,7 +93,7 @@ void use(const std::string& name) {
 
 py::tuple philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0, uint32_t key1) {
   uint32_t c[4] = {c0, c1, c2, c3};
-  philox4x32(c, key0, key1);
+  rbm::philox4x32(c, key0, key1);
   return py::make_tuple(c[0], c[1], c[2], c[3]);
 }
 

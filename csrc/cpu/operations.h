@@ -4,7 +4,7 @@
 
 #include "cpu/states.h"
 
-namespace rbm {
+namespace rbm::cpu {
 
 enum Argument {
   kNone = 0,
@@ -62,4 +62,4 @@ struct CdOutput {
 int cd_step(const Input& v, const Matrix& W, const float* b, const float* c, int64_t k,
             const Input* chains, const float* log_var, const CdOutput& out, const Call& call);
 
-}  // namespace rbm
+}  // namespace rbm::cpu

@@ -3,14 +3,14 @@
 
 #include "cpu/rows.h"
 
-namespace rbm {
+namespace rbm::cpu {
 namespace {
 
 constexpr int64_t kRealChunk = 128;  // rows of 46-bit products whose sums stay below 2^53
 
 struct RealScratch {
-  alignas(64) double low[kBlock * kTile];
-  alignas(64) double high[kBlock * kTile];  // multiples of 2^24
+  alignas(64) double low[kPassRows * kTile];
+  alignas(64) double high[kPassRows * kTile];  // multiples of 2^24
   alignas(64) double weights[kRealChunk * kTile];
 };
 
@@ -74,4 +74,4 @@ template <class Rows> void real_product(const Operand& a, const Rows& rows, int6
 }
 
 }  // namespace
-}  // namespace rbm
+}  // namespace rbm::cpu

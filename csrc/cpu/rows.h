@@ -3,10 +3,10 @@
 
 #include "cpu/kernels.h"
 
-namespace rbm {
+namespace rbm::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // chains per pass: their sums stay in the second-level cache
+constexpr int64_t kPassRows = 1024;  // chains per pass: their sums stay in the second-level cache
 
 // Rows of the right operand as integers, sixteen columns at a time.
 struct WeightRows {
@@ -72,17 +72,5 @@ void clear(double* totals, int64_t rows) {
   for (int64_t i = 0; i < 2 * rows; ++i) store(totals + 8 * i, splat(0.0));
 }
 
-// totals += weight * sums; sums = 0.
-void fold(int32_t* sums, int64_t rows, double weight, double* totals) {
-  const D8 w = splat(weight);
-  for (int64_t m = 0; m < rows; ++m, sums += kTile, totals += kTile) {
-    D8 low, high;
-    widen(load(sums), low, high);
-    store(totals, fma(w, low, load(totals)));
-    store(totals + 8, fma(w, high, load(totals + 8)));
-    store(sums, I16(0));
-  }
-}
-
 }  // namespace
-}  // namespace rbm
+}  // namespace rbm::cpu

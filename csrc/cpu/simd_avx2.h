@@ -1,4 +1,5 @@
 // Sixteen floats or int32 in two AVX2 registers. The other simd_*.h offer the same names.
+// They are in rbm itself: the functions of include/rbm/math.h are templates that call these.
 #pragma once
 
 #include <immintrin.h>

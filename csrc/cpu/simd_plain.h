@@ -1,5 +1,6 @@
-// Sixteen floats or int32 in arrays: what any C++ compiler understands, and vectorises as it can.
-// The other simd_*.h offer the same names.
+// Sixteen floats or int32 in arrays: what any C++ compiler understands, and vectorizes as it can.
+// The other simd_*.h offer the same names. They are in rbm itself: the functions of
+// include/rbm/math.h are templates that call these.
 #pragma once
 
 #include "include/rbm/math.h"
@@ -31,7 +32,7 @@ template <> struct IntOf<F16> { using type = I16; };
   }
 
 // a * b + c with one rounding: exact product and a sum rounded to odd in double make the rounding
-// to float the only one (Boldo and Melquiond 2008). A library call per lane would not vectorise.
+// to float the only one (Boldo and Melquiond 2008). A library call per lane would not vectorize.
 RBM_HD float fma_lane(float a, float b, float c) {
 #ifdef __FMA__
   return std::fma(a, b, c);

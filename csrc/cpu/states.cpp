@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-namespace rbm {
+namespace rbm::cpu {
 namespace {
 
 constexpr uint32_t kInfinity = 0x7f800000u;
@@ -124,7 +124,7 @@ bool make_operand(const States& states, const float* factor, const Call& call, O
   out.operand.K = states.units;
   const int64_t rows = states.rows, K = states.units;
   const int threads = call.threads_for(rows * K / 4);
-  out.operand.digits = call.limbs;
+  out.operand.digits = call.digits;
   const bool exact_bits = states.binary() && !factor;
   if (exact_bits && call.kernels->binary_as_bytes) {
     allocate_bytes(out);
@@ -161,7 +161,7 @@ bool make_operand(const States& states, const float* factor, const Call& call, O
     }
     const uint32_t most = call.kernels->largest(row, K);
     finite = most < kInfinity && finite;
-    const float scale = most < kInfinity ? scale_of(most, call.limbs) : 1.0f;
+    const float scale = most < kInfinity ? scale_of(most, call.digits) : 1.0f;
     out.row_scale.get()[m] = scale;
     call.kernels->fix(row, K, 1.0f / scale, row);
   }
@@ -174,7 +174,7 @@ OwnedOperand make_transposed(const States& states, bool real, float scale, const
   const int64_t units = states.units, rows = states.rows;
   out.operand.rows = units + 1;
   out.operand.K = rows;
-  out.operand.digits = call.limbs;
+  out.operand.digits = call.digits;
   const int threads = call.threads_for(rows * units / 4);
   if (real) {
     out.fixed = Buffer<float>((units + 1) * rows);
@@ -278,4 +278,4 @@ void run(const HalfSweep& sweep, const Call& call) {
                 });
 }
 
-}  // namespace rbm
+}  // namespace rbm::cpu

@@ -10,9 +10,9 @@
 #include "cpu/kernels.h"
 #include "include/rbm/fixed_point.h"
 
-namespace rbm {
+namespace rbm::cpu {
 
-// Uninitialised memory on a cache line's boundary.
+// Uninitialized memory on a cache line's boundary.
 template <class T> class Buffer {
  public:
   Buffer() = default;
@@ -52,7 +52,7 @@ struct Call {
   const Kernels* kernels;
   const int64_t* seed;  // seed and offset
   uint32_t chain_offset;
-  int limbs;
+  int digits;
   int threads;
 
   HalfSweepKey key(int64_t half_sweep) const {
@@ -107,4 +107,4 @@ void for_each_part(int64_t tiles, int64_t rows, int threads,
 // Runs one half-sweep over all tiles on the call's threads.
 void run(const HalfSweep& sweep, const Call& call);
 
-}  // namespace rbm
+}  // namespace rbm::cpu

@@ -56,7 +56,7 @@ struct Mbarrier {
   uint64_t expected : 16;  // arrivals of a phase
   uint64_t pending : 16;   // arrivals that this phase still waits for
   uint64_t parity : 1;
-  uint64_t tag : 8;  // tells a barrier from memory that was not initialised
+  uint64_t tag : 8;  // tells a barrier from memory that was not initialized
 };
 static_assert(sizeof(Mbarrier) == 8);
 constexpr uint64_t kBarrierTag = 0xB7;
@@ -64,7 +64,7 @@ constexpr uint64_t kBarrierTag = 0xB7;
 Mbarrier load(const uint64_t* at) {
   Mbarrier barrier;
   std::memcpy(&barrier, at, 8);
-  if (barrier.tag != kBarrierTag) throw Error("an mbarrier that was not initialised");
+  if (barrier.tag != kBarrierTag) throw Error("an mbarrier that was not initialized");
   return barrier;
 }
 

@@ -124,12 +124,12 @@ Fiber* next_fiber() {
     if (!m.bulk_copies.empty() && random_below(16) == 0) {
       complete_bulk_copy(random_below(m.bulk_copies.size()));
     }
-    if (m.turns == 0 || m.favourite->ready == 0) {
-      m.favourite = m.ready[random_below(m.ready.size())];
+    if (m.turns == 0 || m.favorite->ready == 0) {
+      m.favorite = m.ready[random_below(m.ready.size())];
       m.turns = uint64_t{1} << random_below(12);
     }
     --m.turns;
-    warp = m.favourite;
+    warp = m.favorite;
     skipped = static_cast<int>(random_below(__builtin_popcount(warp->ready)));
   }
   uint32_t lanes = warp->ready;

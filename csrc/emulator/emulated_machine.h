@@ -156,7 +156,7 @@ struct Machine {
   std::vector<std::pair<uint64_t*, Fiber*>> mbarrier_waiters;
   std::deque<Warp*> ready;  // warps with a lane that can run
   uint64_t seed, random_state;
-  Warp* favourite;  // which a random schedule lets run ahead for so many turns:
+  Warp* favorite;  // which a random schedule lets run ahead for so many turns:
   uint64_t turns;
   std::string error;
 };

@@ -139,7 +139,7 @@ __global__ void pipeline_kernel(const int32_t* in, int steps, int valid, int32_t
     issue(step + 2);
     if (waits) copy_async_wait<2>();
     __syncthreads();
-    // A neighbour's chunk, so that the barriers matter.
+    // A neighbor's chunk, so that the barriers matter.
     const int32_t* chunk = buffers + (step % 3 * threads + (thread + 1) % threads) * 4;
     for (int i = 0; i < 4; ++i) sum = static_cast<int32_t>(sum * 31u + chunk[i]);
     __syncthreads();
@@ -200,7 +200,7 @@ template <bool second_barrier> __global__ void rotate_kernel(int32_t* out) {
 
 // Every thread sends its number to all blocks of its cluster and reads others' after a
 // cluster_sync.
-template <bool synchronises> __global__ void remote_store_kernel(int32_t* out) {
+template <bool synchronizes> __global__ void remote_store_kernel(int32_t* out) {
   auto* inbox = reinterpret_cast<int32_t*>(shared_memory());  // [cluster, threads]
   const uint32_t thread = threadIdx.x, threads = blockDim.x, size = cluster_size();
   cluster_sync();
@@ -208,7 +208,7 @@ template <bool synchronises> __global__ void remote_store_kernel(int32_t* out) {
     const uint32_t slot = shared_address(inbox + cluster_rank() * threads + thread);
     store_remote(remote_address(slot, rank), blockIdx.x * 100 + thread);
   }
-  if (synchronises) cluster_sync();
+  if (synchronizes) cluster_sync();
   int32_t sum = 0;
   for (uint32_t i = 0; i < size; ++i) sum += inbox[i * threads + (thread + i) % threads];
   out[blockIdx.x * threads + thread] = sum;
@@ -456,7 +456,7 @@ __global__ void divergent_kernel() {
     ballot(true);
   }
 }
-__global__ void uninitialised_kernel() {
+__global__ void uninitialized_kernel() {
   barrier_arrive(reinterpret_cast<uint64_t*>(shared_memory()));
 }
 // The second block writes to the first when that has ended, or perhaps has not started.
@@ -542,7 +542,7 @@ void test_launches() {
   expect_error("different instructions", [] { return launch(divergent_kernel, {1, 32}); });
   expect_error("16 threads wait at warp_sync",
                [] { return launch(lost_phase_kernel, {1, 16, 8}); });
-  expect_error("not initialised", [] { return launch(uninitialised_kernel, {1, 1, 8}); });
+  expect_error("not initialized", [] { return launch(uninitialized_kernel, {1, 1, 8}); });
 }
 
 void test_all() {

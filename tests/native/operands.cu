@@ -30,7 +30,7 @@ int test_weights(const void* W, int element, int64_t rows, int64_t cols, int64_t
                        &largest,
                        static_cast<float*>(scale),
                        static_cast<float*>(one)};
-  return quantise_weights(a, {}, digits, nullptr);
+  return quantize_weights(a, {}, digits, nullptr);
 }
 
 int test_pack(const void* states, int element, int64_t rows, int64_t units, int64_t row_stride,
@@ -51,7 +51,7 @@ int test_values(const void* states, int element, int64_t rows, int64_t units, in
   const ValuePlanes a{matrix(states, element, rows, units, row_stride, 1),
                       static_cast<const float*>(factor), planes(out, rows, units),
                       static_cast<float*>(scales), Guard{}};
-  return quantise_values(a, digits, nullptr);
+  return quantize_values(a, digits, nullptr);
 }
 
 int64_t test_phase_partials(int64_t data_rows, int64_t chain_rows, int units) {

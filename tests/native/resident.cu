@@ -132,7 +132,7 @@ struct GaussianUnits {
         int64_t sum = 0;
         for (int k = 0; k < c.n_visible; ++k) {
           sum += int64_t{m.q[static_cast<size_t>(k) * c.n_hidden + u]} *
-                 quantise(mul(given[row][k], precision[k]), inverse_of(scale));
+                 quantize(mul(given[row][k], precision[k]), inverse_of(scale));
         }
         const float x =
             mul(betas[row], rbm::fma(real_sum(sum), mul(scale, m.scale), m.hidden_bias[u]));

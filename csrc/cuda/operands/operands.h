@@ -26,7 +26,7 @@ struct Vectors {
   const float* data[3];
   int64_t lengths[3];
 };
-int quantise_weights(const WeightPlanes& a, const Vectors& vectors, int digits,
+int quantize_weights(const WeightPlanes& a, const Vectors& vectors, int digits,
                      cudaStream_t stream);
 
 struct Pack {
@@ -50,7 +50,7 @@ struct ValuePlanes {
   float* scales;        // [rows]
   Guard guard;
 };
-int quantise_values(const ValuePlanes& a, int digits, cudaStream_t stream);
+int quantize_values(const ValuePlanes& a, int digits, cudaStream_t stream);
 
 // The real states of both phases of a gradient, the data's first: their sums, and v in fixed point
 // with rows along the terms.
@@ -107,12 +107,12 @@ constexpr int kEnergyBlocks = 64;
 int mean_energies(const MeanEnergies& a, cudaStream_t stream);
 
 // out[row, unit] = mask ? values : states, float32 and contiguous.
-struct Place {
+struct OverwriteClamped {
   Matrix states, values;  // values' row_stride is 0 for one row of them
   const uint8_t* mask;
   int64_t mask_stride;
   float* out;
 };
-int place(const Place& a, cudaStream_t stream);
+int overwrite_clamped(const OverwriteClamped& a, cudaStream_t stream);
 
 }  // namespace rbm::cuda

@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(kPackThreads, 2) pack_kernel(const Pack a) {
   if (a.is_real != nullptr && ballot(real) != 0 && lane == 0) atomic_or(a.is_real, 1);
 }
 
-__global__ void __launch_bounds__(kOperandThreads) place_kernel(const Place a) {
+__global__ void __launch_bounds__(kOperandThreads)
+    overwrite_clamped_kernel(const OverwriteClamped a) {
   const int64_t n = a.states.rows * a.states.cols;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kOperandThreads + threadIdx.x; i < n;
        i += static_cast<int64_t>(gridDim.x) * kOperandThreads) {
@@ -83,10 +84,10 @@ int pack(const Pack& a, cudaStream_t stream) {
   return launch(pack_kernel, {dim3(across, down), dim3(kPackThreads), kPackBytes, 1, stream}, a);
 }
 
-int place(const Place& a, cudaStream_t stream) {
+int overwrite_clamped(const OverwriteClamped& a, cudaStream_t stream) {
   const int64_t blocks = (a.states.rows * a.states.cols + kOperandThreads - 1) / kOperandThreads;
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, 4096)));
-  return launch(place_kernel, {grid, dim3(kOperandThreads), 0, 1, stream}, a);
+  return launch(overwrite_clamped_kernel, {grid, dim3(kOperandThreads), 0, 1, stream}, a);
 }
 
 }  // namespace rbm::cuda

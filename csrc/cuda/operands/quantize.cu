@@ -11,16 +11,17 @@ namespace {
 
 constexpr int32_t kOneBits = 0x3F800000, kInfinityBits = 0x7F800000;  // of 1.0f and infinity
 
-struct Lines {
+// A matrix as rows whose elements lie side by side: its own rows, its columns, or all in one.
+struct Rows {
   const void* data;
   Element element;
-  int64_t lines, length, stride;
+  int64_t rows, length, stride;
 };
 
 constexpr int kSegment = 4 * kOperandThreads;
 
 __global__ void __launch_bounds__(kOperandThreads)
-    largest_kernel(const Lines a, const Vectors vectors, int32_t* largest) {
+    largest_kernel(const Rows a, const Vectors vectors, int32_t* largest) {
   int32_t most = 0;
   for (int v = 0; v < 3; ++v) {
     if (vectors.data[v] == nullptr) continue;
@@ -31,13 +32,13 @@ __global__ void __launch_bounds__(kOperandThreads)
   }
   with_element(a.element, [&](auto typed) {
     const int64_t segments = (a.length + kSegment - 1) / kSegment;
-    for (int64_t i = blockIdx.x; i < a.lines * segments; i += gridDim.x) {
-      const int64_t line = i / segments * a.stride, first = i % segments * kSegment + threadIdx.x;
+    for (int64_t i = blockIdx.x; i < a.rows * segments; i += gridDim.x) {
+      const int64_t row = i / segments * a.stride, first = i % segments * kSegment + threadIdx.x;
       float x[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int64_t at = first + j * kOperandThreads;
-        x[j] = at < a.length ? load_element(a.data, decltype(typed)::value, line + at) : 0.0f;
+        x[j] = at < a.length ? load_element(a.data, decltype(typed)::value, row + at) : 0.0f;
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) most = most > magnitude_bits(x[j]) ? most : magnitude_bits(x[j]);
@@ -54,7 +55,7 @@ constexpr int kSide = 64, kPitch = kSide + 1, kTileBytes = kSide * (kPitch + 1) 
 constexpr int kTileShare =
     kSide * kSide / kOperandThreads;  // numbers of a tile that a thread loads
 
-// Where a thread's number j lies in a tile: neighbouring threads read neighbouring numbers.
+// Where a thread's number j lies in a tile: neighboring threads read neighboring numbers.
 struct TilePlace {
   int row, col;
 };
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(kOperandThreads, 2)
 #pragma unroll
   for (int j = 0; j < kTileShare; ++j) {
     const TilePlace at = tile_place(j, by_rows);
-    words[at.row * kPitch + at.col] = signed_digits(quantise(x[j], inverse));
+    words[at.row * kPitch + at.col] = signed_digits(quantize(x[j], inverse));
   }
   __syncthreads();
   if (a.to_hidden.data) write_tile(a.to_hidden, digits, visible0, hidden0, words, kPitch, 1, true);
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kOperandThreads) values_kernel(const ValuePlan
 #pragma unroll
   for (int j = 0; j < kTileShare; ++j) {
     const TilePlace at = tile_place(j, true);
-    words[at.row * kPitch + at.col] = signed_digits(quantise(mul(x[j], factor), inverses[at.row]));
+    words[at.row * kPitch + at.col] = signed_digits(quantize(mul(x[j], factor), inverses[at.row]));
   }
   __syncthreads();
   write_tile(a.planes, digits, unit0, row0, words, 1, kPitch, false);
@@ -266,7 +267,7 @@ __global__ void __launch_bounds__(kOperandThreads)
 #pragma unroll
   for (int j = 0; j < kTileShare; ++j) {
     const TilePlace at = tile_place(j, true);
-    words[at.row * kPitch + at.col] = signed_digits(quantise(x[j], inverse));
+    words[at.row * kPitch + at.col] = signed_digits(quantize(x[j], inverse));
   }
   __syncthreads();
   write_tile(a.planes, digits, term0, unit0, words, kPitch, 1, false);
@@ -276,17 +277,17 @@ dim3 tiles(int64_t x, int64_t y) { return dim3(blocks_of(x, kSide), blocks_of(y,
 
 }  // namespace
 
-int quantise_weights(const WeightPlanes& a, const Vectors& vectors, int digits,
+int quantize_weights(const WeightPlanes& a, const Vectors& vectors, int digits,
                      cudaStream_t stream) {
   const Matrix& W = a.W;
   const bool by_rows = W.col_stride == 1;
-  Lines lines{W.data, W.element, by_rows ? W.rows : W.cols, by_rows ? W.cols : W.rows,
-              by_rows ? W.row_stride : W.col_stride};
-  if (lines.stride == lines.length) lines = {W.data, W.element, 1, W.rows * W.cols, 0};
-  const int64_t segments = lines.lines * ((lines.length + kSegment - 1) / kSegment);
+  Rows rows{W.data, W.element, by_rows ? W.rows : W.cols, by_rows ? W.cols : W.rows,
+            by_rows ? W.row_stride : W.col_stride};
+  if (rows.stride == rows.length) rows = {W.data, W.element, 1, W.rows * W.cols, 0};
+  const int64_t segments = rows.rows * ((rows.length + kSegment - 1) / kSegment);
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(segments, 2048)));
-  const int status = launch(largest_kernel, {grid, dim3(kOperandThreads), 0, 1, stream}, lines,
-                            vectors, a.largest);
+  const int status =
+      launch(largest_kernel, {grid, dim3(kOperandThreads), 0, 1, stream}, rows, vectors, a.largest);
   if (status) return status;
   return launch(weights_kernel,
                 {tiles(round_up(W.rows, kBlock), round_up(W.cols, kBlock)), dim3(kOperandThreads),
@@ -300,7 +301,7 @@ int precisions(const float* log_var, int units, float* out, cudaStream_t stream)
                 out);
 }
 
-int quantise_values(const ValuePlanes& a, int digits, cudaStream_t stream) {
+int quantize_values(const ValuePlanes& a, int digits, cudaStream_t stream) {
   const dim3 rows(blocks_of(a.states.rows, kOperandWarps));
   const int status =
       launch(row_scales_kernel, {rows, dim3(kOperandThreads), 0, 1, stream}, a, digits);

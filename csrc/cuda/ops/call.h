@@ -47,7 +47,7 @@ class Status {
 // One call on its way: where its arrays lie and what its launches have said. An operation takes
 // first what must be zero when it starts (`count` below), then calls end_of_counters(), then takes
 // the rest, and launches only if ready().
-struct Run {
+struct CallContext {
   Call& call;
   cudaStream_t stream;
   Arena arena;
@@ -56,7 +56,7 @@ struct Run {
   Status status;
   int64_t counters = 0;
 
-  explicit Run(Call& c);
+  explicit CallContext(Call& c);
   void end_of_counters() { counters = arena.used(); }
   bool ready();
 };
@@ -66,36 +66,36 @@ struct Weights {
   int n_visible, n_hidden;
   WeightPlanes planes;
 
-  void count(Run& run, const Matrix& W);
-  void lay_out(Run& run, bool to_visible);
+  void count(CallContext& context, const Matrix& W);
+  void lay_out(CallContext& context, bool to_visible);
 };
 
 // The states of a layer that a half-sweep starts from.
-struct Given {
+struct LayerInput {
   enum class Kind { bits, real, either };  // either: known on the device only
   Kind kind;
   Pack packed;
   ValuePlanes values;
 
   // gaussian: they are Gaussian units, which are divided by their variance.
-  void count(Run& run, const Matrix& states, bool gaussian);
+  void count(CallContext& context, const Matrix& states, bool gaussian);
   // space: memory for the real states' planes, where it is free until they have been used.
-  void lay_out(Run& run, const Planes* space = nullptr);
+  void lay_out(CallContext& context, const Planes* space = nullptr);
   // Guards of the kernels for the one case and for the other.
   Guard if_bits() const { return kind == Kind::either ? Guard{packed.is_real, 0} : Guard{}; }
   Guard if_real() const { return kind == Kind::either ? Guard{packed.is_real, 1} : Guard{}; }
   const Matrix& states() const { return packed.states; }
 };
 // factor: 1 / s^2 of Gaussian units, or null.
-void prepare(Run& run, Given& given, const float* factor);
+void prepare(CallContext& context, LayerInput& given, const float* factor);
 
 // A half-sweep to the hidden units or to the visible ones; what is given and wanted is left open.
-HalfSweep half_sweep_of(const Run& run, const Weights& weights, bool to_hidden, int64_t rows,
-                        const float* bias, Temperature temperature);
-void from_bits(Run& run, HalfSweep h, const uint32_t* bits, Guard guard, bool hopper);
-void from_values(Run& run, HalfSweep h, const ValuePlanes& values, Guard guard);
+HalfSweep half_sweep_of(const CallContext& context, const Weights& weights, bool to_hidden,
+                        int64_t rows, const float* bias, Temperature temperature);
+void from_bits(CallContext& context, HalfSweep h, const uint32_t* bits, Guard guard, bool hopper);
+void from_values(CallContext& context, HalfSweep h, const ValuePlanes& values, Guard guard);
 // From either: two launches where only the device knows which it is.
-void from_given(Run& run, const HalfSweep& h, const Given& given, bool hopper);
+void from_given(CallContext& context, const HalfSweep& h, const LayerInput& given, bool hopper);
 
 // What the chains of one call have in common; see Chain for the results.
 struct Sweeps {
@@ -113,20 +113,20 @@ struct Sweeps {
 
 // A Bernoulli chain from given states, whose bits it overwrites. `drawn`: the first hidden states
 // are in `hidden` already.
-void bit_chain(Run& run, const Sweeps& a, Chain results, const Given& given, bool drawn,
-               const Choice& choice);
+void bit_chain(CallContext& context, const Sweeps& a, Chain results, const LayerInput& given,
+               bool drawn, const Choice& choice);
 // The same where the given states turn out to be bits, and nothing otherwise.
-void bit_chain_if_bits(Run& run, const Sweeps& a, Chain results, const Given& given,
-                       const Choice& choice);
+void bit_chain_if_bits(CallContext& context, const Sweeps& a, Chain results,
+                       const LayerInput& given, const Choice& choice);
 // A chain of Gaussian units from given states to the last ones, `states`, float32 [rows, visible].
 // On the chip it needs neither given states that are prepared nor first hidden states that are
 // `drawn` already; elsewhere it starts from them.
-void gaussian_chain(Run& run, const Sweeps& a, float* states, const Given& given, bool drawn,
-                    const float* precision, const Choice& choice);
+void gaussian_chain(CallContext& context, const Sweeps& a, float* states, const LayerInput& given,
+                    bool drawn, const float* precision, const Choice& choice);
 // A chain whose visible states are real between half-sweeps: Gaussian units, or Bernoulli units
 // among which some keep real values. They live in `states`, float32 [rows, visible]; `values` hold
 // the first ones, and then those in between.
-void real_chain(Run& run, const Sweeps& a, float* states, ValuePlanes values, bool drawn,
-                Guard guard);
+void real_chain(CallContext& context, const Sweeps& a, float* states, ValuePlanes values,
+                bool drawn, Guard guard);
 
 }  // namespace rbm::cuda

@@ -44,12 +44,12 @@ int forced() {
 }
 
 constexpr int kDevices = 64;
-struct Known {
+struct QueriedDevice {
   int status;
   Device device;
 };
 
-Known ask(int index) {
+QueriedDevice query(int index) {
   int major = 0, minor = 0, shared = 0;
   int status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
   if (!status) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
@@ -62,19 +62,19 @@ Known ask(int index) {
 }  // namespace
 
 int device_of(int index, Device& out) {
-  static const std::array<Known, kDevices> devices = [] {
-    std::array<Known, kDevices> all{};
+  static const std::array<QueriedDevice, kDevices> devices = [] {
+    std::array<QueriedDevice, kDevices> all{};
     int count = 0;
     const int status = cudaGetDeviceCount(&count);
     for (int i = 0; i < kDevices; ++i) {
-      all[static_cast<size_t>(i)] = i < count ? ask(i) : Known{status ? status : 101, {}};
+      all[static_cast<size_t>(i)] = i < count ? query(i) : QueriedDevice{status ? status : 101, {}};
     }
     return all;
   }();
   if (index < 0 || index >= kDevices) return 101;  // cudaErrorInvalidDevice
-  const Known& known = devices[static_cast<size_t>(index)];
-  out = known.device;
-  return known.status;
+  const QueriedDevice& queried = devices[static_cast<size_t>(index)];
+  out = queried.device;
+  return queried.status;
 }
 
 CurrentDevice::CurrentDevice(int index) {

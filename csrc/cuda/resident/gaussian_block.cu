@@ -4,7 +4,7 @@
 // The values of a step of 32 units are [16 chains][8 groups][4 words]: group t has those of units
 // t, t + 8, t + 16 and t + 24, which are four bytes of the product's operand. A thread's fragments
 // of the operand are of the four groups that thread_group names. First these hold floats; then
-// quantise_step puts the fragments in their place, that of digit d into the d-th, so that a product
+// quantize_step puts the fragments in their place, that of digit d into the d-th, so that a product
 // reads it at once. A chain's groups are permuted by an XOR: eight lanes that read theirs, or draw,
 // come to eight groups of banks.
 #include "cuda/resident/block.h"
@@ -65,7 +65,7 @@ RBM_DEVICE int thread_group(const WarpChains& w, int j) {
 
 // Floats of a step become digits. inverse: 1 / scale of the thread's two chains.
 template <int digits>
-RBM_DEVICE void quantise_step(uint32_t* step, const WarpChains& w, const float (&inverse)[2]) {
+RBM_DEVICE void quantize_step(uint32_t* step, const WarpChains& w, const float (&inverse)[2]) {
   uint32_t fragments[3][4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -74,7 +74,7 @@ RBM_DEVICE void quantise_step(uint32_t* step, const WarpChains& w, const float (
     uint32_t q[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      q[i] = signed_digits(quantise(as_float(static_cast<int32_t>(bits[i])), inverse[j % 2]));
+      q[i] = signed_digits(quantize(as_float(static_cast<int32_t>(bits[i])), inverse[j % 2]));
     }
     // Bytes 0 and 1 of two values, then of four.
     const uint32_t low = byte_permute(q[0], q[1], 0x5140), high = byte_permute(q[2], q[3], 0x5140);
@@ -290,7 +290,7 @@ template <int digits> __global__ void __launch_bounds__(32 * kBlockWarps, 1)
         inverse[s] = inverse_of(scale);
       }
       for (int step = member; step < m.hidden.steps; step += m.team) {
-        quantise_step<digits>(values + kStepValues * step, w, inverse);
+        quantize_step<digits>(values + kStepValues * step, w, inverse);
       }
       team_sync(first_warp, m.team);
       if (clears) largest[w.lane] = 0;

@@ -339,7 +339,7 @@ template <int digits, int N> RBM_DEVICE void visible_units(float (&scale)[2], co
     for (int j = 0; j < 8; ++j) {
       const int s = j / 4, i = j % 4;
       const float scaled = x[4 * (2 * g + i / 2) + 2 * s + i % 2];
-      const uint32_t packed = signed_digits(quantise(scaled, inverse[s]));
+      const uint32_t packed = signed_digits(quantize(scaled, inverse[s]));
       unsigned char* bytes = steps + (place ^ 16u * i) + 4 * s + 2 * (g % 2);
 #pragma unroll
       for (int d = 0; d < digits; ++d) {

@@ -12,7 +12,7 @@ RBM_DEVICE void store_gradient(float* place, float value, bool accumulate) {
 
 RBM_DEVICE float one_of(const Gradient& a) { return a.one == nullptr ? 1.0f : *a.one; }
 
-// Four neighbouring hidden units of one visible unit. `difference` is chain_weight * S_chain -
+// Four neighboring hidden units of one visible unit. `difference` is chain_weight * S_chain -
 // data_weight * S_data, exact as far as a double goes.
 template <bool real> RBM_DEVICE void finish_gradient(const Gradient& a, int64_t visible,
                                                      int64_t hidden,

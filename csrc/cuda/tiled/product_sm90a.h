@@ -189,7 +189,7 @@ RBM_DEVICE void multiply_block(int32_t (&sums)[2][P::kUnits / 2], uint32_t (&a)[
     }
     wgmma_commit();
     wgmma_wait<1>();  // all but the step just begun: what it read may be overwritten
-    // A longer branch here makes ptxas serialise the wgmma.
+    // A longer branch here makes ptxas serialize the wgmma.
     if (step == 0 && block > pass.first_block && self.lane == 0) {
       barrier_arrive(&self.empty[stage_of<P>(count - 1)]);
     }

@@ -39,7 +39,7 @@ RBM_HD float scale_of(int32_t largest_bits, int digits) {
 RBM_HD float inverse_of(float scale) { return as_float(0x7F000000 - as_int(scale)); }
 
 // x / scale as an integer; `inverse` is 1 / scale.
-RBM_HD int32_t quantise(float x, float inverse) { return nearest(mul(x, inverse)); }
+RBM_HD int32_t quantize(float x, float inverse) { return nearest(mul(x, inverse)); }
 
 // Digit d of q as a signed byte in bits 8 d .. 8 d + 7: q = sum of digit d * 256^d.
 RBM_HD uint32_t signed_digits(int32_t q) {

@@ -6,7 +6,7 @@
 //
 //   bits    A's binary form: [rows][words], bit k % 32 of word k / 32.
 //   planes  one byte a digit: [digits][k / 16][rows][16], zero where padded. The sixteen bytes of a
-//           row beside those of its seven neighbours are the 8 x 16 matrices that ldmatrix and
+//           row beside those of its seven neighbors are the 8 x 16 matrices that ldmatrix and
 //           wgmma read without bank conflicts, and a tile of rows is one contiguous copy.
 //
 // Along the summed dimension the order of the terms is free, and so is the order of B's rows as
@@ -16,7 +16,7 @@
 //   (bits >> r) & 0x01010101: two instructions to unpack four states; and the four rows of a warp's
 //   tile that a thread holds are one word of a transposed plane.
 //   within 16 rows, unit 4 q + 2 s + e lies in row 8 s + 2 q + e, so that a thread's sums are those
-//   of four neighbouring units: one call of Philox, one 16-byte store.
+//   of four neighboring units: one call of Philox, one 16-byte store.
 #pragma once
 
 #include "include/rbm/platform.h"

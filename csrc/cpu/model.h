@@ -3,7 +3,7 @@
 
 #include "cpu/operations.h"
 
-namespace rbm {
+namespace rbm::cpu {
 
 enum class Layer { visible, hidden };
 
@@ -35,4 +35,4 @@ struct Chain {
   bool sweep(int64_t index, bool hidden_drawn, const HalfSweep* clamp, Output last);
 };
 
-}  // namespace rbm
+}  // namespace rbm::cpu
