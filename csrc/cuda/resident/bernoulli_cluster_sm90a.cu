@@ -16,14 +16,10 @@ constexpr int kMostGroups = 3;  // warpgroups of a block
 // sums, three have 168.
 constexpr int kUnits[2][2] = {{128, 96}, {96, 64}};  // [warpgroups - 2][digits - 2]
 
-// Where things lie in the shared memory of every block of a cluster. The warps' states are two
-// buffers, one a layer, or one for both: see chain_in_cluster.
-struct ClusterModel {
-  ClusterLayer hidden, visible;
+// The warps' states are two buffers, one a layer, or one for both: see chain_in_cluster.
+struct BernoulliModel : ClusterModel {
   unsigned states, warp_bytes, hidden_states;  // the last: from a warp's visible states on
   bool one_buffer;
-  int groups;  // warpgroups of a block
-  unsigned shared_bytes;
 };
 
 // What the warps of all blocks that have the same sixteen chains tell one another.
@@ -31,37 +27,23 @@ struct WarpBarriers {
   uint64_t full[2];  // the other blocks' words of the hidden and of the visible states have come
   uint64_t free[2];  // all blocks have read the states given to even and to odd half-sweeps
 };
-// After one barrier for the weights.
-constexpr unsigned kBarriersStart = 16;
-constexpr unsigned kBarriersEnd = kBarriersStart + 4 * kMostGroups * sizeof(WarpBarriers);
 
 // For at most that many warpgroups, of which 0 may fit.
-ClusterModel cluster_model(int n_visible, int n_hidden, int digits, int cluster, int most_groups,
-                           int shared_bytes) {
+BernoulliModel bernoulli_model(int n_visible, int n_hidden, int digits, int cluster,
+                               int most_groups, int shared_bytes) {
   const unsigned available = static_cast<unsigned>(shared_bytes);
-  ClusterModel m{};
-  m.hidden = {n_hidden, state_words(n_visible), 0, 0};
-  m.visible = {n_visible, state_words(n_hidden), 0, 0};
-  const unsigned hidden_rows = static_cast<unsigned>(largest_slice(n_hidden, cluster));
-  const unsigned visible_rows = static_cast<unsigned>(largest_slice(n_visible, cluster));
-  const unsigned hidden_bytes =
-      static_cast<unsigned>(digits * kStep * m.hidden.steps) * hidden_rows;
-  const unsigned visible_bytes =
-      static_cast<unsigned>(digits * kStep * m.visible.steps) * visible_rows;
+  BernoulliModel m{};
+  m.states = lay_out_layers<WarpBarriers>(m, n_visible, n_hidden, digits, cluster, kMostGroups);
   const unsigned words_bytes = 4u * kWarpChains;
   const int at_once = kUnits[most_groups - 2][digits - 2];
-  m.one_buffer = std::max(hidden_rows, visible_rows) <= static_cast<unsigned>(at_once);
+  m.one_buffer =
+      std::max(largest_slice(n_hidden, cluster), largest_slice(n_visible, cluster)) <= at_once;
   const unsigned visible_states = words_bytes * static_cast<unsigned>(m.hidden.steps);
   const unsigned hidden_states = words_bytes * static_cast<unsigned>(m.visible.steps);
   m.hidden_states = m.one_buffer ? 0 : visible_states;
   m.warp_bytes =
       m.one_buffer ? std::max(visible_states, hidden_states) : visible_states + hidden_states;
 
-  m.hidden.planes = static_cast<unsigned>(round_up(kBarriersEnd, 128));
-  m.visible.planes = m.hidden.planes + hidden_bytes;
-  m.hidden.bias = m.visible.planes + visible_bytes;
-  m.visible.bias = m.hidden.bias + 4u * hidden_rows;
-  m.states = m.visible.bias + 4u * visible_rows;
   const auto end = [&](int groups) {
     const unsigned read_ahead = words_bytes;  // past the last warp's states
     return m.states + 4u * m.warp_bytes * static_cast<unsigned>(groups) + read_ahead;
@@ -72,13 +54,9 @@ ClusterModel cluster_model(int n_visible, int n_hidden, int digits, int cluster,
   return m;
 }
 
-RBM_DEVICE ClusterLayer drawn_layer(const ClusterModel& m, bool visible) {
+RBM_DEVICE ClusterLayer drawn_layer(const BernoulliModel& m, bool visible) {
   return {visible ? m.visible.units : m.hidden.units, visible ? m.visible.steps : m.hidden.steps,
           visible ? m.visible.planes : m.hidden.planes, visible ? m.visible.bias : m.hidden.bias};
-}
-
-RBM_DEVICE WarpBarriers* warp_barriers(int warp) {
-  return reinterpret_cast<WarpBarriers*>(shared_memory() + kBarriersStart) + warp;
 }
 
 RBM_DEVICE void tell_read(uint64_t* free, int lane) {
@@ -155,55 +133,30 @@ RBM_DEVICE void run_slice(const Chain& a, const HalfSweepOfWarp& h, const WarpCh
 // had waited for the last phase of this `full`. And no phase ends while a warp still waits for the
 // one before, as it has its own part in each.
 template <int digits, int groups> __global__ void __launch_bounds__(groups* kGroupThreads, 1)
-    chain_in_cluster(const Chain a, const ClusterModel m) {
+    chain_in_cluster(const Chain a, const BernoulliModel m) {
   if (guarded_out(a.guard)) return;
-  unsigned char* shared = shared_memory();
-  // By a shuffle, so that the compiler knows it to be the same for all lanes.
-  const int warp = shuffle(static_cast<int>(threadIdx.x) / 32, 0);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int size = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
-  const Slice hidden = slice_of(m.hidden.units, size, rank);
-  const Slice visible = slice_of(m.visible.units, size, rank);
-  WarpBarriers* barriers = warp_barriers(warp);
-  uint64_t* weights_full = reinterpret_cast<uint64_t*>(shared);
-  if (lane == 0) {
+  const ClusterThread c(m);
+  WarpBarriers* barriers = warp_barriers<WarpBarriers>(c.warp);
+  c.start_loading(a, m, digits, [&] {
     for (int i = 0; i < 2; ++i) {
       barrier_init(&barriers->full[i], 1);
-      barrier_init(&barriers->free[i], static_cast<uint32_t>(size));
+      barrier_init(&barriers->free[i], static_cast<uint32_t>(c.size));
     }
-    if (warp == 0) barrier_init(weights_full, 1);
-    barrier_fence_init();
-    proxy_fence();  // the copy engine is to see its barrier
-  }
-  __syncthreads();
-  if (lane == 0) {
-    load_slice(m.hidden, hidden, digits, a.to_hidden, warp, weights_full);
-    load_slice(m.visible, visible, digits, a.to_visible, warp, weights_full);
-    if (warp == 0) {
-      barrier_arrive_expect(weights_full, slice_bytes(m.hidden, hidden, digits) +
-                                              slice_bytes(m.visible, visible, digits));
-    }
-  }
-  load_bias(m.hidden, hidden, a.hidden_bias);
-  load_bias(m.visible, visible, a.visible_bias);
-  cluster_sync();
-  barrier_wait(weights_full, 0);
+  });
+  c.finish_loading();
 
-  uint32_t* visible_states =
-      reinterpret_cast<uint32_t*>(shared + m.states + m.warp_bytes * static_cast<unsigned>(warp));
+  uint32_t* visible_states = reinterpret_cast<uint32_t*>(
+      shared_memory() + m.states + m.warp_bytes * static_cast<unsigned>(c.warp));
   uint32_t* hidden_states = visible_states + m.hidden_states / 4;
-  const int64_t clusters = gridDim.x / static_cast<unsigned>(size);
   uint32_t hidden_phases = 0, visible_phases = 0, n = 0;  // n: half-sweeps of this warp so far
-  for (int64_t group = blockIdx.x / static_cast<unsigned>(size) + warp / 4 * clusters;
-       kGroupChains * group < a.rows; group += m.groups * clusters) {
-    const WarpChains w =
-        warp_chains(a, kGroupChains * group + kWarpChains * static_cast<int64_t>(warp % 4));
+  c.for_each_chains(a.rows, m, [&](int64_t row0) {
+    const WarpChains w = warp_chains(a, row0);
     load_start(a, visible_states, w.row0, 0, 1);
     warp_sync();
     for (int64_t t = 0; t < 2 * a.sweeps; ++t, ++n) {
       const bool even = t % 2 == 0, last = t == 2 * a.sweeps - 1;
       const HalfSweepOfWarp h{drawn_layer(m, !even),
-                              even ? hidden : visible,
+                              even ? c.hidden : c.visible,
                               even ? visible_states : hidden_states,
                               even ? hidden_states : visible_states,
                               !even,
@@ -219,28 +172,17 @@ template <int digits, int groups> __global__ void __launch_bounds__(groups* kGro
         write_results(a, h.drawn, w, h.slice.first_word, h.slice.last_word);
         warp_sync();
       } else {
-        exchange(h.drawn, h.slice, state_words(h.layer.units), &barriers->full[h.visible], lane);
+        exchange(h.drawn, h.slice, state_words(h.layer.units), &barriers->full[h.visible], c.lane);
       }
     }
-  }
-  cluster_sync();  // no block leaves while another one may still tell it something
+  });
 }
 
-template <int digits, int groups> int launch_chain(const Chain& a, const ClusterModel& m,
-                                                   int cluster, int shared_bytes,
-                                                   cudaStream_t stream) {
-  int clusters = 0;
-  const int status = clusters_at_a_time<chain_in_cluster<digits, groups>>(
-      groups * kGroupThreads, cluster, shared_bytes, clusters);
-  if (status != cudaSuccess) return status;
-  if (clusters == 0) return cudaErrorInvalidConfiguration;
-  // With few chains, a cluster for each 64 of them.
-  const int64_t needed = (a.rows + kGroupChains - 1) / kGroupChains;
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(needed, clusters) * cluster);
-  const unsigned threads = static_cast<unsigned>(m.groups) * kGroupThreads;
-  return launch(
-      chain_in_cluster<digits, groups>,
-      {dim3(blocks), dim3(threads), m.shared_bytes, static_cast<unsigned>(cluster), stream}, a, m);
+template <int digits, int groups> int launch_groups(const Chain& a, const BernoulliModel& m,
+                                                    int cluster, int shared_bytes,
+                                                    cudaStream_t stream) {
+  return launch_clusters<chain_in_cluster<digits, groups>>(a, m, groups * kGroupThreads, cluster,
+                                                           shared_bytes, stream);
 }
 
 }  // namespace
@@ -253,7 +195,7 @@ int chain_sm90a_cluster(int n_visible, int n_hidden, int digits, int shared_byte
       continue;
     }
     // One warpgroup alone would leave the tensor cores idle while it draws.
-    if (cluster_model(n_visible, n_hidden, digits, cluster, 2, shared_bytes).groups == 2) {
+    if (bernoulli_model(n_visible, n_hidden, digits, cluster, 2, shared_bytes).groups == 2) {
       return cluster;
     }
   }
@@ -288,17 +230,17 @@ int chain_sm90a(const Chain& a, int digits, int cluster, cudaStream_t stream) {
   }
   if (a.log_var != nullptr) return gaussian_chain_sm90a(a, digits, cluster, shared_bytes, stream);
   const auto model = [&](int most_groups) {
-    return cluster_model(a.n_visible, a.n_hidden, digits, cluster, most_groups, shared_bytes);
+    return bernoulli_model(a.n_visible, a.n_hidden, digits, cluster, most_groups, shared_bytes);
   };
   // Three warpgroups where they fit and still compute a slice at once.
-  const ClusterModel three = model(3), two = model(2);
+  const BernoulliModel three = model(3), two = model(2);
   if (three.groups == 3 && three.one_buffer) {
-    return digits == 2 ? launch_chain<2, 3>(a, three, cluster, shared_bytes, stream)
-                       : launch_chain<3, 3>(a, three, cluster, shared_bytes, stream);
+    return digits == 2 ? launch_groups<2, 3>(a, three, cluster, shared_bytes, stream)
+                       : launch_groups<3, 3>(a, three, cluster, shared_bytes, stream);
   }
   if (two.groups == 0) return cudaErrorInvalidValue;
-  return digits == 2 ? launch_chain<2, 2>(a, two, cluster, shared_bytes, stream)
-                     : launch_chain<3, 2>(a, two, cluster, shared_bytes, stream);
+  return digits == 2 ? launch_groups<2, 2>(a, two, cluster, shared_bytes, stream)
+                     : launch_groups<3, 2>(a, two, cluster, shared_bytes, stream);
 }
 
 }  // namespace rbm::cuda

@@ -45,6 +45,40 @@ struct ClusterLayer {
   unsigned planes, bias;  // byte offsets
 };
 
+// Shared memory starts with the barrier that the weights complete, then come the barriers of each
+// warp, which differ between the kernels.
+constexpr unsigned kBarriersStart = 16;
+
+template <class Barriers> RBM_DEVICE Barriers* warp_barriers(int warp) {
+  return reinterpret_cast<Barriers*>(shared_memory() + kBarriersStart) + warp;
+}
+
+// Where things lie in the shared memory of every block, as far as both kinds of visible units have
+// them.
+struct ClusterModel {
+  ClusterLayer hidden, visible;
+  int groups;  // warpgroups of a block
+  unsigned shared_bytes;
+};
+
+// Lays both layers out behind the barriers of so many warpgroups; returns where they end.
+template <class Barriers> unsigned lay_out_layers(ClusterModel& m, int n_visible, int n_hidden,
+                                                  int digits, int cluster, int most_groups) {
+  m.hidden = {n_hidden, state_words(n_visible), 0, 0};
+  m.visible = {n_visible, state_words(n_hidden), 0, 0};
+  const unsigned hidden_rows = static_cast<unsigned>(largest_slice(n_hidden, cluster));
+  const unsigned visible_rows = static_cast<unsigned>(largest_slice(n_visible, cluster));
+  const unsigned barriers_end =
+      kBarriersStart + 4 * static_cast<unsigned>(most_groups * sizeof(Barriers));
+  m.hidden.planes = static_cast<unsigned>(round_up(barriers_end, 128));
+  m.visible.planes =
+      m.hidden.planes + static_cast<unsigned>(digits * kStep * m.hidden.steps) * hidden_rows;
+  m.hidden.bias =
+      m.visible.planes + static_cast<unsigned>(digits * kStep * m.visible.steps) * visible_rows;
+  m.visible.bias = m.hidden.bias + 4 * hidden_rows;
+  return m.visible.bias + 4 * visible_rows;
+}
+
 // More bytes of weights than a whole cluster has, so that offsets of what cannot fit do not
 // overflow.
 inline bool far_too_large(int n_visible, int n_hidden, int shared_bytes) {
@@ -75,6 +109,71 @@ RBM_DEVICE void load_bias(const ClusterLayer& l, const Slice& slice, const float
     shared[i] = unit < l.units ? -bias[unit] : 0.0f;
   }
 }
+
+// A thread's place in its cluster, and what all kernels begin and end with: a block's weights are
+// loaded once, then every warp runs its own chains.
+struct ClusterThread {
+  int warp, lane;  // of the block
+  int size, rank;  // of the cluster
+  Slice hidden, visible;
+
+  __device__ __forceinline__ explicit ClusterThread(const ClusterModel& m)
+      // By a shuffle, so that the compiler knows it to be the same for all lanes.
+      : warp(shuffle(static_cast<int>(threadIdx.x) / 32, 0)),
+        lane(static_cast<int>(threadIdx.x) % 32),
+        size(static_cast<int>(cluster_size())),
+        rank(static_cast<int>(cluster_rank())),
+        hidden(slice_of(m.hidden.units, size, rank)),
+        visible(slice_of(m.visible.units, size, rank)) {}
+
+  // Starts to load the block's weights and biases. init_barriers() initializes the warp's own
+  // barriers; one lane of each warp calls it.
+  template <class Init>
+  __device__ __forceinline__ void start_loading(const Chain& a, const ClusterModel& m, int digits,
+                                                const Init& init_barriers) const {
+    if (lane == 0) {
+      init_barriers();
+      if (warp == 0) barrier_init(weights_full(), 1);
+      barrier_fence_init();
+      proxy_fence();  // the copy engine is to see its barrier
+    }
+    __syncthreads();
+    if (lane == 0) {
+      load_slice(m.hidden, hidden, digits, a.to_hidden, warp, weights_full());
+      load_slice(m.visible, visible, digits, a.to_visible, warp, weights_full());
+      if (warp == 0) {
+        barrier_arrive_expect(weights_full(), slice_bytes(m.hidden, hidden, digits) +
+                                                  slice_bytes(m.visible, visible, digits));
+      }
+    }
+    load_bias(m.hidden, hidden, a.hidden_bias);
+    load_bias(m.visible, visible, a.visible_bias);
+  }
+
+  // Returns when all blocks have initialized their barriers and this block has its weights.
+  __device__ __forceinline__ void finish_loading() const {
+    cluster_sync();
+    barrier_wait(weights_full(), 0);
+  }
+
+  // Calls run(row0) for the first row of every sixteen chains that this warp runs: a warpgroup
+  // takes 64 at a time, one cluster's warpgroups those after the other's.
+  template <class RunChains>
+  __device__ __forceinline__ void for_each_chains(int64_t rows, const ClusterModel& m,
+                                                  const RunChains& run) const {
+    const int64_t clusters = gridDim.x / static_cast<unsigned>(size);
+    for (int64_t group = blockIdx.x / static_cast<unsigned>(size) + warp / 4 * clusters;
+         kGroupChains * group < rows; group += m.groups * clusters) {
+      run(kGroupChains * group + kWarpChains * static_cast<int64_t>(warp % 4));
+    }
+    cluster_sync();  // no block leaves while another one may still tell it something
+  }
+
+ private:
+  __device__ __forceinline__ static uint64_t* weights_full() {
+    return reinterpret_cast<uint64_t*>(shared_memory());
+  }
+};
 
 // x = the sums of the warpgroup's 64 chains for N units of a slice, from row `row` of its planes
 // on, in the order of wgmma's registers. Rows past the slice's are whatever follows it in memory.
@@ -161,6 +260,22 @@ int clusters_at_a_time(int threads, int cluster, int shared_bytes, int& clusters
   const int status = resident_clusters(kernel, largest, clusters);
   if (status == cudaSuccess) known[cluster] = clusters;
   return status;
+}
+
+// Puts a kernel on a stream, a cluster for each 64 chains up to as many as run at a time. threads:
+// the most that a block of this kernel has.
+template <auto kernel, class Model> int launch_clusters(const Chain& a, const Model& m, int threads,
+                                                        int cluster, int shared_bytes,
+                                                        cudaStream_t stream) {
+  int clusters = 0;
+  const int status = clusters_at_a_time<kernel>(threads, cluster, shared_bytes, clusters);
+  if (status != cudaSuccess) return status;
+  if (clusters == 0) return cudaErrorInvalidConfiguration;
+  const int64_t needed = (a.rows + kGroupChains - 1) / kGroupChains;
+  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(needed, clusters) * cluster);
+  const dim3 block(static_cast<unsigned>(m.groups * kGroupThreads));
+  const Launch where{dim3(blocks), block, m.shared_bytes, static_cast<unsigned>(cluster), stream};
+  return launch(kernel, where, a, m);
 }
 
 }  // namespace rbm::cuda

@@ -23,14 +23,10 @@ constexpr int kVisibleUnits = 96, kHiddenUnits[2] = {64, 32};  // [digits - 2]
 constexpr unsigned kDigitBytes = 32 * kWarpChains;
 constexpr unsigned kScaleBytes = 16 * kWarpChains;  // a byte a chain from up to 16 blocks
 
-// Where things lie in the shared memory of every block of a cluster.
-struct GaussianModel {
-  ClusterLayer hidden, visible;
+struct GaussianModel : ClusterModel {
   unsigned spread, precision;      // of the visible slice
   unsigned warps, warp_bytes;      // what each warp has of its sixteen chains:
   unsigned hidden_states, scales;  // from its start on, where its visible states are
-  int groups;                      // warpgroups of a block
-  unsigned shared_bytes;
 };
 
 // What the warps of all blocks that have the same sixteen chains tell one another.
@@ -39,24 +35,11 @@ struct WarpBarriers {
   uint64_t visible;    // the other blocks' digits have come
   uint64_t hidden;     // the other blocks' words have come
 };
-// After one barrier for the weights.
-constexpr unsigned kBarriersStart = 16;
-constexpr unsigned kBarriersEnd = kBarriersStart + 4 * kMostGroups * sizeof(WarpBarriers);
-
 GaussianModel gaussian_model(int n_visible, int n_hidden, int digits, int cluster,
                              int shared_bytes) {
   GaussianModel m{};
-  m.hidden = {n_hidden, state_words(n_visible), 0, 0};
-  m.visible = {n_visible, state_words(n_hidden), 0, 0};
-  const unsigned hidden_rows = static_cast<unsigned>(largest_slice(n_hidden, cluster));
+  m.spread = lay_out_layers<WarpBarriers>(m, n_visible, n_hidden, digits, cluster, kMostGroups);
   const unsigned visible_rows = static_cast<unsigned>(largest_slice(n_visible, cluster));
-  m.hidden.planes = static_cast<unsigned>(round_up(kBarriersEnd, 128));
-  m.visible.planes =
-      m.hidden.planes + static_cast<unsigned>(digits * kStep * m.hidden.steps) * hidden_rows;
-  m.hidden.bias =
-      m.visible.planes + static_cast<unsigned>(digits * kStep * m.visible.steps) * visible_rows;
-  m.visible.bias = m.hidden.bias + 4 * hidden_rows;
-  m.spread = m.visible.bias + 4 * visible_rows;
   m.precision = m.spread + 4 * visible_rows;
   m.warps = m.precision + 4 * visible_rows;
   // Hidden words are read one step ahead, past the last: into the scales.
@@ -135,10 +118,6 @@ RBM_DEVICE void multiply_values(float (&x)[N / 2], const ClusterLayer& l, int sl
     for (int of = 0; of < weights; ++of) parts[of] = sums[of][j];
     x[j] = real_sum(whole_sum(parts));
   }
-}
-
-RBM_DEVICE WarpBarriers* warp_barriers(int warp) {
-  return reinterpret_cast<WarpBarriers*>(shared_memory() + kBarriersStart) + warp;
 }
 
 // A warp and its part of the block.
@@ -422,59 +401,35 @@ template <int digits> __global__ void __launch_bounds__(kMostGroups* kGroupThrea
     gaussian_chain_in_cluster(const Chain a, const GaussianModel m) {
   if (guarded_out(a.guard)) return;
   unsigned char* shared = shared_memory();
-  // By a shuffle, so that the compiler knows it to be the same for all lanes.
-  const int warp = shuffle(static_cast<int>(threadIdx.x) / 32, 0);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int size = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
-  const Slice hidden = slice_of(m.hidden.units, size, rank);
-  const Slice visible = slice_of(m.visible.units, size, rank);
-  WarpBarriers* barriers = warp_barriers(warp);
-  uint64_t* weights_full = reinterpret_cast<uint64_t*>(shared);
-  if (lane == 0) {
+  const ClusterThread c(m);
+  WarpBarriers* barriers = warp_barriers<WarpBarriers>(c.warp);
+  c.start_loading(a, m, digits, [&] {
     for (uint64_t* barrier :
          {&barriers->scales[0], &barriers->scales[1], &barriers->visible, &barriers->hidden}) {
       barrier_init(barrier, 1);
     }
-    if (warp == 0) barrier_init(weights_full, 1);
-    barrier_fence_init();
-    proxy_fence();  // the copy engine is to see its barrier
-  }
-  __syncthreads();
-  if (lane == 0) {
-    load_slice(m.hidden, hidden, digits, a.to_hidden, warp, weights_full);
-    load_slice(m.visible, visible, digits, a.to_visible, warp, weights_full);
-    if (warp == 0) {
-      barrier_arrive_expect(weights_full, slice_bytes(m.hidden, hidden, digits) +
-                                              slice_bytes(m.visible, visible, digits));
-    }
-  }
-  load_bias(m.hidden, hidden, a.hidden_bias);
-  load_bias(m.visible, visible, a.visible_bias);
-  for (int i = static_cast<int>(threadIdx.x); i < visible.rows; i += static_cast<int>(blockDim.x)) {
-    const int unit = 32 * visible.first_word + i;
+  });
+  for (int i = static_cast<int>(threadIdx.x); i < c.visible.rows;
+       i += static_cast<int>(blockDim.x)) {
+    const int unit = 32 * c.visible.first_word + i;
     const bool exists = unit < a.n_visible;
     reinterpret_cast<float*>(shared + m.spread)[i] = exists ? value_spread(a, unit) : 0.0f;
     reinterpret_cast<float*>(shared + m.precision)[i] = exists ? a.precision[unit] : 0.0f;
   }
-  cluster_sync();
-  barrier_wait(weights_full, 0);
+  c.finish_loading();
 
-  const int64_t clusters = gridDim.x / static_cast<unsigned>(size);
   uint32_t sweep = 0;
-  for (int64_t group = blockIdx.x / static_cast<unsigned>(size) + warp / 4 * clusters;
-       kGroupChains * group < a.rows; group += m.groups * clusters) {
-    const int64_t row0 = kGroupChains * group + kWarpChains * static_cast<int64_t>(warp % 4);
+  c.for_each_chains(a.rows, m, [&](int64_t row0) {
     const WarpChains chains = warp_chains(a, row0);
-    unsigned char* states = shared + m.warps + m.warp_bytes * static_cast<unsigned>(warp);
+    unsigned char* states = shared + m.warps + m.warp_bytes * static_cast<unsigned>(c.warp);
     for (int64_t t = 0;; ++t, ++sweep) {
-      const ClusterWarp c{chains, hidden, visible, states, barriers, sweep};
+      const ClusterWarp warp{chains, c.hidden, c.visible, states, barriers, sweep};
       float scale[2];
-      visible_slice<digits>(scale, a, m, c, t);
+      visible_slice<digits>(scale, a, m, warp, t);
       if (t == a.sweeps) break;
-      hidden_slice<digits>(a, m, c, t, scale);
+      hidden_slice<digits>(a, m, warp, t, scale);
     }
-  }
-  cluster_sync();  // no block leaves while another one may still tell it something
+  });
 }
 
 }  // namespace
@@ -495,18 +450,11 @@ int gaussian_chain_sm90a(const Chain& a, int digits, int cluster, int shared_byt
                          cudaStream_t stream) {
   const GaussianModel m = gaussian_model(a.n_visible, a.n_hidden, digits, cluster, shared_bytes);
   if (m.groups == 0) return cudaErrorInvalidValue;
-  int clusters = 0;
-  const int status = gaussian_chain_clusters(digits, cluster, shared_bytes, clusters);
-  if (status != cudaSuccess) return status;
-  if (clusters == 0) return cudaErrorInvalidConfiguration;
-  // With few chains, a cluster for each 64 of them.
-  const int64_t needed = (a.rows + kGroupChains - 1) / kGroupChains;
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(needed, clusters) * cluster);
-  const unsigned threads = static_cast<unsigned>(m.groups) * kGroupThreads;
-  const Launch l{dim3(blocks), dim3(threads), m.shared_bytes, static_cast<unsigned>(cluster),
-                 stream};
-  const auto kernel = digits == 2 ? gaussian_chain_in_cluster<2> : gaussian_chain_in_cluster<3>;
-  return launch(kernel, l, a, m);
+  constexpr int kThreads = kMostGroups * kGroupThreads;
+  return digits == 2 ? launch_clusters<gaussian_chain_in_cluster<2>>(a, m, kThreads, cluster,
+                                                                     shared_bytes, stream)
+                     : launch_clusters<gaussian_chain_in_cluster<3>>(a, m, kThreads, cluster,
+                                                                     shared_bytes, stream);
 }
 
 }  // namespace rbm::cuda
