@@ -23,8 +23,8 @@ def to_tf32(x: Tensor) -> Tensor:
 
 def fixed_point(v: Tensor, W: Tensor, c: Tensor, precision: str) -> Tensor:
     """x [B, H] as the package computes it for binary v [B, V]."""
-    limbs = arithmetic.limbs_of("accuracy", precision)
-    scale = arithmetic.scale_of(W.abs().amax(), limbs)
+    digits = arithmetic.digits_of("accuracy", precision)
+    scale = arithmetic.scale_of(W.abs().amax(), digits)
     total = arithmetic.exact_product(v.double(), arithmetic.fixed_point(W, scale)).float()
     return arithmetic.fma(total, scale.expand_as(total), c.expand_as(total))
 
@@ -32,8 +32,8 @@ def fixed_point(v: Tensor, W: Tensor, c: Tensor, precision: str) -> Tensor:
 def ways(v: Tensor, W: Tensor, c: Tensor) -> dict[str, Tensor]:
     """x [B, H] by each way of multiplying."""
     return {
-        "highest (3 limbs)": fixed_point(v, W, c, "highest"),
-        "high, medium (2 limbs)": fixed_point(v, W, c, "high"),
+        "highest (3 digits)": fixed_point(v, W, c, "highest"),
+        "high, medium (2 digits)": fixed_point(v, W, c, "high"),
         "fp32": torch.addmm(c, v, W),
         "TF32": torch.addmm(c, v, to_tf32(W)),
         # Weights in bf16, sums in fp32: the best that a bf16 product can do.

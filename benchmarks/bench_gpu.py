@@ -442,9 +442,9 @@ def regimes(device: Device, sizes: Sizes, seconds: float) -> Line:
     for case in sizes.regimes if "cuda" in device.backends else ():
         variants: dict[str, list[Call]] = {}
         sets = device.sets(case)
-        for precision, limbs in (("high", 2), ("highest", 3)):
+        for precision, digits in (("high", 2), ("highest", 3)):
             for regime in ("resident", "cluster", "tiled", "tiled_sm90a"):
-                shape = (case.batch, case.n_visible, case.n_hidden, case.k, limbs)
+                shape = (case.batch, case.n_visible, case.n_hidden, case.k, digits)
                 with forced_regime(regime):
                     found = cuda.regime(*shape, torch.device(device.name))
                     name = f"{case.label} {case.shape} {precision}: {found}"

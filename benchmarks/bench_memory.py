@@ -44,10 +44,10 @@ def peak_bytes(variant: str, shape: tuple[int, int, int]) -> int:
     return after - before
 
 
-def needed_bytes(limbs: int, shape: tuple[int, int, int]) -> int:
-    """Gradient, limbs of W in both layouts, states, v_k as float32, limbs of p in both phases."""
+def needed_bytes(digits: int, shape: tuple[int, int, int]) -> int:
+    """Gradient, digits of W in both layouts, states, v_k as float32, digits of p in both phases."""
     B, V, H = shape
-    return 4 * (V * H + V + H) + 2 * limbs * V * H + B * (V + H) + 4 * B * V + 2 * limbs * B * H
+    return 4 * (V * H + V + H) + 2 * digits * V * H + B * (V + H) + 4 * B * V + 2 * digits * B * H
 
 
 def bench_memory(benchmark, report):
@@ -80,7 +80,7 @@ def bench_memory(benchmark, report):
     benchmark.pedantic(measure, rounds=1, iterations=1)
     report.table(
         "Peak memory of CD-1, MiB over the inputs",
-        "needed: the gradient, W's limbs in both layouts, states and limbs of p, all at once.",
+        "needed: the gradient, W's digits in both layouts, states and digits of p, all at once.",
     )
     report.table(
         "Peak memory of CD-1, MiB over the inputs",

@@ -37,8 +37,12 @@ _COS = (
 )
 
 
-def limbs_of(op: str, precision: str | None) -> int:
+@torch.compiler.assume_constant_result
+def digits_of(op: str, precision: str | None) -> int:
     """Base-256 digits of a fixed-point operand: 3 for ``highest``, 2 for ``high`` and ``medium``.
+
+    A compiled function holds the number as a constant. It is compiled anew when torch's precision
+    changes from ``highest`` to the others or back, because torch guards what that stands for.
 
     Args:
         op: the calling function, for error messages.
@@ -174,20 +178,20 @@ def normal(words: Tensor) -> Tensor:
     return torch.stack((radius * cos, radius * sin), dim=2).flatten(1)
 
 
-def scale_of(largest: Tensor, limbs: int) -> Tensor:
-    """The power of two that makes ``largest / scale`` just fit in `limbs` signed digits.
+def scale_of(largest: Tensor, digits: int) -> Tensor:
+    """The power of two that makes ``largest / scale`` just fit in ``digits`` signed digits.
 
     Args:
         largest: float32, any shape: the largest magnitudes to be represented.
-        limbs: 2 or 3.
+        digits: 2 or 3.
 
     Returns:
         float32 of the same shape; 1 where ``largest`` is 0.
     """
     _, exponent = torch.frexp(largest)
-    exponent = (exponent - (8 * limbs - 1)).clamp(min=-120)
+    exponent = (exponent - (8 * digits - 1)).clamp(min=-120)
     unit = torch.ones_like(largest)
-    too_large = torch.round(torch.ldexp(largest, -exponent)) > _LARGEST[limbs]
+    too_large = torch.round(torch.ldexp(largest, -exponent)) > _LARGEST[digits]
     scale = torch.ldexp(unit, exponent + too_large.to(exponent.dtype))
     return torch.where(largest == 0, unit, scale)
 

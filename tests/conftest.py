@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import backends
 
-from rbm_kernels.ops import cd, free_energy, gibbs, sample
+from rbm_kernels.ops import _dispatch
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,9 +27,8 @@ def poisoned_outputs() -> Iterator[None]:
 def backends_on_the_gpu() -> Iterator[None]:
     """Where there is a GPU, tests name its backends with CPU tensors (support/backends.py)."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cd, free_energy, gibbs, sample):
-            if backends.ON_GPU:
-                patch.setattr(module, "select", backends.on_the_gpu(module.select))
+        if backends.ON_GPU:
+            patch.setattr(_dispatch, "select", backends.on_the_gpu(_dispatch.select))
         yield
 
 

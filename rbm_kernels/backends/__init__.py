@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from types import ModuleType
@@ -10,6 +11,7 @@ import torch
 
 from rbm_kernels.arithmetic import MOST_UNITS
 from rbm_kernels.backends import cpu, cuda, reference, triton
+from rbm_kernels.units import Bernoulli, Units
 
 _log = logging.getLogger("rbm_kernels")
 _told: set[str] = set()
@@ -32,30 +34,42 @@ PREFERRED: dict[str, tuple[str, ...]] = {
 }
 
 
-def _refusal(name: str, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _refusal(
+    name: str,
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    kinds: tuple[type[Units], ...],
+) -> str | None:
     """Why backend `name` cannot run this call, or None when it can."""
     if name == "reference":
         return None
     module = BACKENDS[name]
-    reason: str | None = module.unavailable_reason()
-    if reason is None and name != "cpu":
-        reason = module.runs_on(device)
+    reason: str | None = module.unavailable_reason() or module.runs_on(device)
     if reason is not None:
         return reason
-    if name == "cpu" and device.type != "cpu":
-        return f"the tensors are on {device}"
+    for kind in kinds:
+        if not issubclass(kind, module.UNITS):
+            return f"it has no {kind.label} units"
     if dtype == torch.float64 and operation == "free_energy":
         return "float64 free energies are computed in float64 by the reference backend"
     return None
 
 
-def _automatic(operation: str, device: torch.device, dtype: torch.dtype, units: int) -> ModuleType:
+@functools.cache
+def _automatic(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    too_large: bool,
+    kinds: tuple[type[Units], ...],
+) -> ModuleType:
     """The first backend that can run; a fall-back is logged once for each reason."""
     reasons = ""
     for name in PREFERRED.get(device.type, ("reference",)):
-        refusal = _refusal(name, operation, device, dtype)
-        if refusal is None and name in ("cuda", "triton") and units > MOST_UNITS:
-            refusal = f"a layer has {units} units, more than {MOST_UNITS}"
+        refusal = _refusal(name, operation, device, dtype, kinds)
+        if refusal is None and name in ("cuda", "triton") and too_large:
+            refusal = f"a layer has more than {MOST_UNITS} units"
         if refusal is None:
             break
         reasons += f"; {name}: {refusal}"
@@ -66,31 +80,42 @@ def _automatic(operation: str, device: torch.device, dtype: torch.dtype, units: 
 
 
 def select(
-    operation: str, backend: str | None, device: torch.device, dtype: torch.dtype, units: int = 0
+    operation: str,
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    n_units: int = 0,
+    kinds: tuple[type[Units], ...] = (Bernoulli,),
+    empty: bool = False,
 ) -> ModuleType:
     """The backend module for one call.
 
     Args:
-        operation: public function name.
-        backend: explicit choice, or None for ``RBM_KERNELS_BACKEND`` and then ``auto``. ``auto``
-            takes the first of `PREFERRED` that can run, falls back to the reference backend, and
+        operation: The public function's name.
+        backend: An explicit choice, or None for ``RBM_KERNELS_BACKEND`` and then ``auto``. ``auto``
+            takes the first of ``PREFERRED`` that can run, falls back to the reference backend, and
             logs the reason once.
-        device: where the tensors are.
-        dtype: of the weights.
-        units: of the larger layer.
+        device: Where the tensors are.
+        dtype: That of the weights.
+        n_units: The number of units of the larger layer.
+        kinds: The kinds of unit of the model.
+        empty: Whether there are no rows or a layer has no units. Kernels have nothing to launch
+            then; the reference makes the results, of whatever shape, if the backend could run.
 
     Raises:
-        ValueError: for an unknown name.
-        RuntimeError: when an explicitly named backend cannot run, with the reason.
+        ValueError: For an unknown name.
+        RuntimeError: When an explicitly named backend cannot run, with the reason.
     """
     name = backend or os.environ.get("RBM_KERNELS_BACKEND") or "auto"
     if name == "auto":
-        return _automatic(operation, device, dtype, units)
-    if name not in BACKENDS:
+        module = _automatic(operation, device, dtype, n_units > MOST_UNITS, kinds)
+    elif name not in BACKENDS:
         raise ValueError(
             f"{operation}: backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}"
         )
-    refusal = _refusal(name, operation, device, dtype)
-    if refusal is not None:
-        raise RuntimeError(f"{operation}: backend {name!r} cannot run: {refusal}")
-    return BACKENDS[name]
+    else:
+        refusal = _refusal(name, operation, device, dtype, kinds)
+        if refusal is not None:
+            raise RuntimeError(f"{operation}: backend {name!r} cannot run: {refusal}")
+        module = BACKENDS[name]
+    return reference if empty else module

@@ -1,7 +1,8 @@
-"""The mathematics in plain PyTorch: any dtype, any device, and the oracle of every other backend.
+"""The mathematics in plain PyTorch, for any dtype, device and kind of unit: the backends' oracle.
 
 Nothing else defines what is right. Symbols as in the README: v [B, V] visible, h [B, H] hidden,
-W [V, H], b [V], c [H]; Gaussian visible units have a log-variance log_var [V].
+W [V, H], b [V], c [H]. The operations' arguments and results are described in
+``rbm_kernels/backends/__init__.py``.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rbm_kernels import arithmetic
+from rbm_kernels.arguments import Beta, Draw, Layer, Model
+from rbm_kernels.units import Bernoulli, Units
 
-Beta = float | Tensor
+UNITS = (Units,)
+_HIDDEN = Bernoulli()
 
 
 def unavailable_reason() -> str | None:
@@ -22,29 +26,19 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def _preactivation(
-    states: Tensor, weight: Tensor, bias: Tensor, log_var: Tensor | None, beta: Beta, limbs: int
-) -> Tensor:
-    """``beta * (bias + (states / s^2) weight)`` in float32, from one exact integer product.
-
-    Args:
-        states: [B, K]; weight: [K, N]; bias: [N]; log_var: [K] if these states are Gaussian units.
-    """
-    w = weight.float()
-    weight_scale = arithmetic.scale_of(w.abs().amax() if w.numel() else w.new_zeros(()), limbs)
-    a = states.float()
-    if log_var is not None:
-        a = a * arithmetic.exp_neg(log_var.float())
+def _preactivation(states: Tensor, layer: Layer, digits: int) -> Tensor:
+    """``bias + given(states) W`` in float32 [B, N], from one exact integer product."""
+    w = layer.W.float()
+    weight_scale = arithmetic.scale_of(w.abs().amax() if w.numel() else w.new_zeros(()), digits)
+    a = layer.given.given(states.float(), arithmetic.exp_neg)
     row_scale = a.new_ones(a.shape[0])
     if not _binary(a):
-        row_scale = arithmetic.scale_of(a.abs().amax(dim=1), limbs)
+        row_scale = arithmetic.scale_of(a.abs().amax(dim=1), digits)
     total = arithmetic.exact_product(
         arithmetic.fixed_point(a, row_scale[:, None]), arithmetic.fixed_point(w, weight_scale)
     ).float()
-    x = arithmetic.fma(
-        total, (row_scale * weight_scale)[:, None].expand_as(total), bias.float().expand_as(total)
-    )
-    return _column(beta, x) * x
+    bias = layer.bias.float().expand_as(total)
+    return arithmetic.fma(total, (row_scale * weight_scale)[:, None].expand_as(total), bias)
 
 
 def _binary(states: Tensor) -> bool:
@@ -55,192 +49,108 @@ def _largest(states: Tensor) -> Tensor:
     return states.new_ones(()) if _binary(states) else states.abs().amax()
 
 
-def _column(beta: Beta, like: Tensor) -> Tensor:
-    if isinstance(beta, Tensor):
-        return beta.to(like.device, torch.float32)[:, None]
-    return torch.tensor(beta, dtype=torch.float32, device=like.device)
-
-
-def _require_finite(op: str, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
+def _require_finite(op: str, units: Units, **tensors: Tensor | None) -> None:
+    for name, tensor in (*tensors.items(), *units.parameters()):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{op}: {name} must be finite, got values that are NaN or infinite")
 
 
-def _words(seed: Tensor, step: int, chain_offset: int, rows: int, units: int) -> Tensor:
-    chains = torch.arange(chain_offset, chain_offset + rows, device=seed.device)
-    return arithmetic.random_words(seed, step, chains, units)
+def _half_sweep(given: Tensor, layer: Layer, draw: Draw, step: int) -> tuple[Tensor, Tensor]:
+    """float32 states [B, N] of the drawn layer, and their conditional means."""
+    x = _preactivation(given, layer, draw.digits)
+    rows, units = x.shape
+    chains = torch.arange(draw.chain_offset, draw.chain_offset + rows, device=x.device)
+    words = arithmetic.random_words(draw.seed, step, chains, units + units % 2)
+    return layer.drawn.draw(x, words, draw.beta)
 
 
-def _draw_bernoulli(x: Tensor, seed: Tensor, step: int, chain_offset: int) -> Tensor:
-    return arithmetic.bernoulli(x, _words(seed, step, chain_offset, *x.shape))
-
-
-def _draw_normal(
-    mean: Tensor, log_var: Tensor, beta: Beta, seed: Tensor, step: int, chain_offset: int
-) -> Tensor:
-    rows, units = mean.shape
-    words = _words(seed, step, chain_offset, rows, units + units % 2)
-    noise = arithmetic.normal(words)[:, :units]
-    sigma = arithmetic.exp_neg(-0.5 * log_var.float()) / arithmetic.sqrt(_column(beta, mean))
-    return arithmetic.fma(sigma.expand_as(mean), noise, mean)
-
-
-def _hidden(
-    v: Tensor, W: Tensor, c: Tensor, log_var: Tensor | None, beta: Beta, limbs: int
-) -> Tensor:
-    return _preactivation(v, W, c, log_var, beta, limbs)
-
-
-def _draw_visible(
-    h: Tensor,
-    W: Tensor,
-    b: Tensor,
-    log_var: Tensor | None,
-    beta: Beta,
-    seed: Tensor,
-    step: int,
-    chain_offset: int,
-    limbs: int,
-) -> tuple[Tensor, Tensor]:
-    """float32 states of v given h, and their conditional means."""
-    if log_var is None:
-        x = _preactivation(h, W.t(), b, None, beta, limbs)
-        return _draw_bernoulli(x, seed, step, chain_offset).float(), arithmetic.sigmoid(x)
-    mean = _preactivation(h, W.t(), b, None, 1.0, limbs)
-    return _draw_normal(mean, log_var, beta, seed, step, chain_offset), mean
+def _layers(model: Model) -> tuple[Layer, Layer]:
+    """The hidden layer as the visible one sees it, and the reverse."""
+    W, b, c, units = model
+    return Layer(W, c, units, _HIDDEN), Layer(W.t(), b, _HIDDEN, units)
 
 
 @torch.no_grad()
-def sample_hidden(
-    v: Tensor,
-    W: Tensor,
-    c: Tensor,
-    log_var: Tensor | None,
-    beta: Beta,
-    return_probs: bool,
-    seed: Tensor,
-    chain_offset: int,
-    out_dtype: torch.dtype,
-    limbs: int,
-) -> tuple[Tensor, Tensor]:
-    _require_finite("sample_hidden", W=W, c=c, v=v, log_var=log_var)
-    x = _hidden(v, W, c, log_var, beta, limbs)
-    h = _draw_bernoulli(x, seed, 0, chain_offset)
-    p = arithmetic.sigmoid(x).to(W.dtype) if return_probs else W.new_empty(0)
-    return h.to(out_dtype), p
-
-
-@torch.no_grad()
-def sample_visible(
-    h: Tensor,
-    W: Tensor,
-    b: Tensor,
-    log_var: Tensor | None,
-    beta: Beta,
-    return_probs: bool,
-    seed: Tensor,
-    chain_offset: int,
-    out_dtype: torch.dtype,
-    limbs: int,
-) -> tuple[Tensor, Tensor]:
-    _require_finite("sample_visible", W=W, b=b, h=h, log_var=log_var)
-    v, mean = _draw_visible(h, W, b, log_var, beta, seed, 0, chain_offset, limbs)
-    return v.to(out_dtype), mean.to(W.dtype) if return_probs else W.new_empty(0)
+def sample_layer(
+    op: str, given: Tensor, layer: Layer, draw: Draw, return_means: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    states_name, bias_name = ("v", "c") if op == "sample_hidden" else ("h", "b")
+    named = {"W": layer.W, bias_name: layer.bias, states_name: given}
+    for units in (layer.given, layer.drawn):
+        _require_finite(op, units, **named)
+    states, means = _half_sweep(given, layer, draw, 0)
+    return states, means if return_means else None
 
 
 @torch.no_grad()
 def gibbs_sample(
+    op: str,
     v: Tensor,
-    W: Tensor,
-    b: Tensor,
-    c: Tensor,
+    model: Model,
     k: int,
-    log_var: Tensor | None,
-    beta: Beta,
+    draw: Draw,
     mask: Tensor | None,
     values: Tensor | None,
-    seed: Tensor,
-    chain_offset: int,
     out_dtype: torch.dtype,
-    limbs: int,
 ) -> Tensor:
-    _require_finite(
-        "gibbs_sample", W=W, b=b, c=c, v=v, log_var=log_var, **{"clamp's values": values}
-    )
+    W, b, c, units = model
+    _require_finite(op, units, W=W, b=b, c=c, v=v, **{"clamp's values": values})
     state = v.float()
     if mask is not None and values is not None:
         state = torch.where(mask, values.float(), state)
     held = state
+    hidden, visible = _layers(model)
     for sweep in range(k):
-        x = _hidden(state, W, c, log_var, beta, limbs)
-        h = _draw_bernoulli(x, seed, 2 * sweep, chain_offset)
-        state, _ = _draw_visible(h, W, b, log_var, beta, seed, 2 * sweep + 1, chain_offset, limbs)
+        h, _ = _half_sweep(state, hidden, draw, 2 * sweep)
+        state, _ = _half_sweep(h, visible, draw, 2 * sweep + 1)
         if mask is not None:
             state = torch.where(mask, held, state)
-    return state.to(out_dtype)
+    return state
 
 
-def free_energy(
-    v: Tensor,
-    W: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_var: Tensor | None,
-    beta: Beta,
-    limbs: int = 3,
-) -> Tensor:
-    """F_beta(v), float32 or wider; differentiable twice by PyTorch's own autograd."""
-    _require_finite("free_energy", W=W, b=b, c=c, v=v, log_var=log_var)
+def free_energies(op: str, v: Tensor, model: Model, beta: Beta, digits: int) -> Tensor:
+    """F_beta(v) in plain arithmetic, without fixed point: `digits` changes nothing."""
+    W, b, c, units = model
+    _require_finite(op, units, W=W, b=b, c=c, v=v)
     dtype = torch.promote_types(W.dtype, torch.float32)
-    v, W, b, c = v.to(dtype), W.to(dtype), b.to(dtype), c.to(dtype)
-    if log_var is None:
-        visible = -(v @ b)
-        x = c + v @ W
-    else:
-        precision = torch.exp(-log_var.to(dtype))
-        visible = ((v - b).square() * precision).sum(dim=1) / 2
-        x = c + (v * precision) @ W
+    v, W, b, c, units = v.to(dtype), W.to(dtype), b.to(dtype), c.to(dtype), units.to(dtype)
+    x = c + units.given(v) @ W
     factor = beta.to(dtype) if isinstance(beta, Tensor) else torch.tensor(beta, dtype=dtype)
     factor = factor.to(v.device)
     column = factor[:, None] if factor.dim() else factor
     # -logsigmoid(-x) is max(x, 0) + log1p(exp(-|x|)); torch's softplus turns into x above 20.
-    return factor * visible + F.logsigmoid(-column * x).sum(dim=1)
+    return factor * units.energy(v, b) + F.logsigmoid(-column * x).sum(dim=1)
 
 
 @torch.no_grad()
 def cd_step(
+    op: str,
     v: Tensor,
-    W: Tensor,
-    b: Tensor,
-    c: Tensor,
+    model: Model,
     k: int,
     chains: Tensor | None,
-    log_var: Tensor | None,
-    out: tuple[Tensor, ...] | None,
+    draw: Draw,
+    averages: tuple[Tensor, Tensor, Tensor],
     accumulate: bool,
-    seed: Tensor,
-    chain_offset: int,
-    limbs: int,
-    op: str = "cd_step",
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    _require_finite(op, W=W, b=b, c=c, v=v, chains=chains, log_var=log_var)
+) -> tuple[Tensor, Tensor]:
+    W, b, c, units = model
+    _require_finite(op, units, W=W, b=b, c=c, v=v, chains=chains)
+    digits = draw.digits
     data = v.float()
-    state = data if chains is None else chains.float()
-    state = gibbs_sample(
-        state, W, b, c, k, log_var, 1.0, None, None, seed, chain_offset, torch.float32, limbs
-    )
-    p_data = arithmetic.sigmoid(_hidden(data, W, c, log_var, 1.0, limbs))
-    p_chain = arithmetic.sigmoid(_hidden(state, W, c, log_var, 1.0, limbs))
+    start = data if chains is None else chains
+    state = gibbs_sample(op, start, model, k, draw, None, None, torch.float32)
+    hidden, _ = _layers(model)
+    p_data = arithmetic.sigmoid(_preactivation(data, hidden, digits))
+    p_chain = arithmetic.sigmoid(_preactivation(state, hidden, digits))
 
     # Phases are fixed-point integers; each is divided by its own count through the least common
     # multiple, so that equal counts give one exact integer difference.
     n_data, n_chain = data.shape[0], state.shape[0]
     common = math.lcm(n_data, n_chain)
-    one = 2.0**23 if limbs == 3 else 2.0**15
+    one = 2.0**23 if digits == 3 else 2.0**15
     real = not (_binary(data) and _binary(state))
     largest = torch.maximum(_largest(data), _largest(state))
-    scale = arithmetic.scale_of(largest, limbs) if real else torch.ones_like(largest)
+    scale = arithmetic.scale_of(largest, digits) if real else torch.ones_like(largest)
 
     def sums(states: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         fixed = torch.round(p * one).double()
@@ -257,48 +167,13 @@ def cd_step(
     grad_c = (h_chain * weight_chain - h_data * weight_data).float() * unit
     v_data, v_chain = data.double().sum(dim=0), state.double().sum(dim=0)
     grad_b = ((v_chain * weight_chain - v_data * weight_data) / common).float()
-    grads = finish_gradients(grad_W, grad_b, grad_c, data, state, W, b, log_var, out, accumulate)
+    for buffer, difference in zip(averages, (grad_W, grad_b, grad_c), strict=True):
+        if accumulate:
+            buffer.add_(difference)
+        else:
+            buffer.copy_(difference)
     energies = [
-        free_energy(s, W, b, c, log_var, 1.0).mean(dtype=torch.float64).float()
+        free_energies(op, s, model, 1.0, digits).mean(dtype=torch.float64).float()
         for s in (data, state)
     ]
-    dtype = W.dtype if chains is None else chains.dtype
-    return (*grads, state.to(dtype), torch.stack(energies))
-
-
-def finish_gradients(
-    grad_W: Tensor,
-    grad_b: Tensor,
-    grad_c: Tensor,
-    data: Tensor,
-    state: Tensor,
-    W: Tensor,
-    b: Tensor,
-    log_var: Tensor | None,
-    out: tuple[Tensor, ...] | None,
-    accumulate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gaussian factors, then the caller's buffers.
-
-    grad_W and grad_b arrive as differences of <v p> and of <v>. For Gaussian units both carry a
-    factor 1 / s^2, and the log-variance's gradient follows from them:
-    (<(v - b)^2>_chain - <(v - b)^2>_data) / (2 s^2) - sum_j W_ij grad_W_ij.
-    """
-    grad_log_var = None
-    if log_var is not None:
-        precision = arithmetic.exp_neg(log_var.float())
-        center = b.float()
-        spread = [(s.float() - center).square_().mean(dim=0) for s in (state, data)]
-        grad_W = grad_W * precision[:, None]
-        grad_b = grad_b * precision
-        grad_log_var = (spread[0] - spread[1]) * precision / 2 - (W.float() * grad_W).sum(dim=1)
-    grads = (grad_W, grad_b, grad_c, grad_log_var)
-    if out is None:
-        return tuple(g if g is None else g.to(W.dtype) for g in grads)  # type: ignore[return-value]
-    for buffer, grad in zip(out, grads, strict=False):
-        assert grad is not None
-        if accumulate:
-            buffer.add_(grad.to(buffer.dtype))
-        else:
-            buffer.copy_(grad)
-    return (out[0], out[1], out[2], out[3] if log_var is not None else None)
+    return state, torch.stack(energies)

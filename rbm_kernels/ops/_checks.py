@@ -1,4 +1,7 @@
-"""Argument checks shared by the operations: each error names what came and what was expected."""
+"""Argument checks shared by the operations: each error names what came and what was expected.
+
+The checks hand back what they looked at in the form in which backends take it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,11 @@ import math
 
 import torch
 from torch import Tensor
+
+from rbm_kernels import seeds
+from rbm_kernels.arguments import Beta, Draw, Model
+from rbm_kernels.arithmetic import digits_of
+from rbm_kernels.units import Units, visible_units
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _STATES = (*_FLOATS, torch.bool, torch.uint8)
@@ -23,12 +31,20 @@ def weight(op: str, W: Tensor) -> None:
         raise ValueError(f"{op}: W must be [V, H], got {list(W.shape)}")
     if W.dtype not in _FLOATS:
         raise TypeError(f"{op}: W must be float32, float64, bfloat16 or float16, got {W.dtype}")
-    if W.device.type == "meta":
+    if W.is_meta:
         raise ValueError(f"{op}: W must hold data, got a tensor on device 'meta'")
 
 
 def transposed(op: str, W: Tensor, visible: Tensor, hidden: Tensor) -> None:
-    """Where both layers' sizes disagree with W, W is what is wrong."""
+    """Blame W rather than the other arguments where its two sizes both disagree with theirs.
+
+    Called when another check has failed already. A transposed W makes the first argument that is
+    compared with it look wrong, although the mistake is W.
+
+    Args:
+        visible: Any tensor whose last dimension is V.
+        hidden: Any tensor whose last dimension is H.
+    """
     if not (isinstance(visible, Tensor) and isinstance(hidden, Tensor)):
         return
     expected = [*visible.shape[-1:], *hidden.shape[-1:]]
@@ -36,27 +52,26 @@ def transposed(op: str, W: Tensor, visible: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{op}: W must be [V, H] = {expected}, got {list(W.shape)}")
 
 
-def model(op: str, v: Tensor, W: Tensor, b: Tensor, c: Tensor, log_var: Tensor | None) -> None:
+def model(op: str, v: Tensor, W: Tensor, b: Tensor, c: Tensor, log_var: Tensor | None) -> Model:
     """Visible states and the parameters of a whole RBM."""
     weight(op, W)
     n_visible, n_hidden = W.shape
+    units = visible_units(log_var)
     try:
         states(op, "v", v, n_visible, "V", W)
         vector(op, "b", b, n_visible, "V", W)
         vector(op, "c", c, n_hidden, "H", W)
-        if log_var is not None:
-            vector(op, "log_var", log_var, n_visible, "V", W)
+        unit_parameters(op, units, n_visible, W)
     except ValueError:
         transposed(op, W, b, c)
         raise
+    return Model(W, b, c, units)
 
 
-def chain(op: str, chain_offset: int) -> None:
-    """chain_offset must be an int that the counter's 32 bits hold."""
-    if isinstance(chain_offset, bool) or not isinstance(chain_offset, int):
-        raise TypeError(f"{op}: chain_offset must be an int, got {type(chain_offset).__name__}")
-    if not 0 <= chain_offset < 2**32:
-        raise ValueError(f"{op}: chain_offset must be in [0, 2^32), got {chain_offset}")
+def unit_parameters(op: str, units: Units, n_units: int, W: Tensor) -> None:
+    """The parameters that a kind of visible unit has beside W, b and c: [V] each."""
+    for name, parameter in units.parameters():
+        vector(op, name, parameter, n_units, "V", W)
 
 
 def states(op: str, name: str, value: Tensor, units: int, layer: str, W: Tensor) -> None:
@@ -77,7 +92,7 @@ def vector(op: str, name: str, value: Tensor, units: int, layer: str, W: Tensor)
     """A parameter of a layer: [units], W's dtype and device."""
     if not isinstance(value, Tensor):
         raise _not_a_tensor(op, name, value)
-    if value.dim() != 1 or value.shape[0] != units:
+    if value.shape != (units,):
         raise ValueError(f"{op}: {name} must be [{layer}] = [{units}], got {list(value.shape)}")
     if value.dtype != W.dtype:
         raise TypeError(f"{op}: {name} must have W's dtype {W.dtype}, got {value.dtype}")
@@ -93,15 +108,35 @@ def sweeps(op: str, k: int) -> None:
         raise ValueError(f"{op}: k must be at least 1, got {k}")
 
 
-def temperature(
-    op: str, beta: float | Tensor, rows: int, W: Tensor, gaussian: bool = False
-) -> tuple[float, Tensor | None]:
-    """beta as a (float, None) or a (1.0, float32 [B]) pair; Gaussian units need more than 0."""
+def draw(
+    op: str,
+    W: Tensor,
+    beta: Beta,
+    seed: seeds.Seed | None,
+    generator: torch.Generator | None,
+    chain_offset: int,
+    precision: str | None,
+) -> Draw:
+    """How the states of a call are drawn; `beta` has passed :func:`temperature`.
+
+    This check comes last of all: it may advance the generator, which nothing gives back.
+    """
+    if isinstance(chain_offset, bool) or not isinstance(chain_offset, int):
+        raise TypeError(f"{op}: chain_offset must be an int, got {type(chain_offset).__name__}")
+    if not 0 <= chain_offset < 2**32:
+        raise ValueError(f"{op}: chain_offset must be in [0, 2^32), got {chain_offset}")
+    digits = digits_of(op, precision)
+    return Draw(seeds.resolve(op, seed, generator, W.device), chain_offset, beta, digits)
+
+
+def temperature(op: str, beta: Beta, rows: int, W: Tensor, drawn: Units | None = None) -> Beta:
+    """Beta as a float or a contiguous float32 [B]; to draw continuous units it must be positive."""
+    positive = drawn is not None and drawn.continuous
     if isinstance(beta, Tensor):
         if beta.dim() == 0 and beta.is_cuda and beta.device == W.device:
-            return 1.0, beta.float().expand(rows).contiguous()  # float() would wait for the device
+            return beta.float().expand(rows).contiguous()  # float() would wait for the device
         if beta.dim() == 0:
-            return temperature(op, float(beta), rows, W, gaussian)
+            return temperature(op, float(beta), rows, W, drawn)
         if beta.shape != (rows,):
             raise ValueError(
                 f"{op}: beta must be a float or [B] = [{rows}], got {list(beta.shape)}"
@@ -110,30 +145,32 @@ def temperature(
             raise ValueError(f"{op}: beta must be on W's device {W.device}, got {beta.device}")
         # On a GPU reading the values would wait for it; there they are the caller's promise.
         if beta.is_cpu and type(beta) is Tensor and not torch.compiler.is_compiling():
-            wrong = ~(torch.isfinite(beta) & (beta > 0 if gaussian else beta >= 0))
+            wrong = ~(torch.isfinite(beta) & (beta > 0 if positive else beta >= 0))
             if bool(wrong.any()):
                 worst = beta[wrong][0].item()
-                raise ValueError(f"{op}: beta must be finite and {_sign(gaussian)}, got {worst}")
-        return 1.0, beta.float().contiguous()
+                raise ValueError(f"{op}: beta must be finite and {_sign(drawn)}, got {worst}")
+        return beta.float().contiguous()
     if not isinstance(beta, (int, float)):
         raise TypeError(f"{op}: beta must be a float or a tensor [B], got {type(beta).__name__}")
-    if not (math.isfinite(beta) and (beta > 0 if gaussian else beta >= 0)):
-        raise ValueError(f"{op}: beta must be finite and {_sign(gaussian)}, got {beta}")
-    return float(beta), None
+    if not (math.isfinite(beta) and (beta > 0 if positive else beta >= 0)):
+        raise ValueError(f"{op}: beta must be finite and {_sign(drawn)}, got {beta}")
+    return float(beta)
 
 
-def _sign(gaussian: bool) -> str:
-    return "positive for Gaussian units" if gaussian else "not negative"
+def _sign(drawn: Units | None) -> str:
+    if drawn is None or not drawn.continuous:
+        return "not negative"
+    return f"positive for {drawn.label} units"
 
 
-def state_dtype(
-    op: str, out_dtype: torch.dtype | None, W: Tensor, gaussian: bool = False
-) -> torch.dtype:
-    """dtype of returned states: W's unless asked for; Gaussian units are floating point."""
+def state_dtype(op: str, out_dtype: torch.dtype | None, W: Tensor, units: Units) -> torch.dtype:
+    """dtype of returned states: W's unless asked for; continuous units are floating point."""
     if out_dtype is None:
         return W.dtype
     if out_dtype not in _STATES:
         raise TypeError(f"{op}: out_dtype must be a float dtype, uint8 or bool, got {out_dtype}")
-    if gaussian and not out_dtype.is_floating_point:
-        raise TypeError(f"{op}: out_dtype of Gaussian units must be a float dtype, got {out_dtype}")
+    if units.continuous and not out_dtype.is_floating_point:
+        raise TypeError(
+            f"{op}: out_dtype of {units.label} units must be a float dtype, got {out_dtype}"
+        )
     return out_dtype

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rbm_kernels import seeds
-from rbm_kernels.arithmetic import limbs_of
-from rbm_kernels.backends import select
-from rbm_kernels.ops import _checks, _library
+from rbm_kernels import arithmetic, seeds
+from rbm_kernels.arguments import Draw, Model
+from rbm_kernels.ops import _checks
+from rbm_kernels.ops._dispatch import define, needs_grad, run
+from rbm_kernels.units import Units
 
 
 class CDStep(NamedTuple):
@@ -100,28 +101,20 @@ def cd_step(
         tensor([1., 1., 1.])
     """
     op = "cd_step"
-    _check(op, v, W, b, c, k, chains, log_var, chain_offset)
+    model = _check(op, v, W, b, c, k, chains, log_var)
     if out is not None:
-        _check_out(op, out, W, log_var)
+        _check_out(op, out, W, model.units)
     elif accumulate:
         raise ValueError(f"{op}: accumulate=True needs out=, got None")
-    key = seeds.resolve(op, seed, generator, W.device)
-    if _library.plain_eager():
-        result = select(op, backend, W.device, W.dtype, max(W.shape)).cd_step(
-            v, W, b, c, k, chains, log_var, out, accumulate, key, chain_offset,
-            limbs_of(op, precision),
-        )  # fmt: skip
-    else:
-        *grads, advanced, energies = torch.ops.rbm_kernels.cd_step(
-            v, W, b, c, k, chains, log_var, key, chain_offset, backend, precision
-        )
-        if out is not None:
-            for buffer, grad in zip(out, grads, strict=False):
-                buffer.add_(grad) if accumulate else buffer.copy_(grad)
-            grads[: len(out)] = out
-        result = (*grads[:3], None if log_var is None else grads[3], advanced, energies)
+    draw = _checks.draw(op, W, 1.0, seed, generator, chain_offset, precision)
+    results = run(_STEP, backend, v, model, k, chains, draw, out=out, accumulate=accumulate)
+    grads, (advanced, energies) = results[:-2], results[-2:]
+    grads = grads[: 3 + len(model.units.parameter_names)]
+    if out is not None and grads[0] is not out[0]:
+        grads = _write(out, grads, accumulate)
     seeds.advance(seed, 2 * k)
-    return CDStep(*result)
+    grad_W, grad_b, grad_c, grad_log_var = (*grads, None)[:4]
+    return CDStep(grad_W, grad_b, grad_c, grad_log_var, advanced, energies)
 
 
 def cd_loss(
@@ -154,15 +147,12 @@ def cd_loss(
         0-dim tensor, float32.
     """
     op = "cd_loss"
-    _check(op, v, W, b, c, k, chains, log_var, chain_offset)
+    model = _check(op, v, W, b, c, k, chains, log_var)
     if chains is not None and chains.requires_grad:
         raise ValueError(f"{op}: chains are advanced in place and must not require grad")
-    key = seeds.resolve(op, seed, generator, W.device)
-    arguments = (v, W, b, c, k, chains, log_var, key, chain_offset, backend, precision)
-    if _library.plain_eager():
-        loss, advanced = _Loss.apply(*arguments)
-    else:
-        loss, *_, advanced = torch.ops.rbm_kernels.cd_loss(*arguments)
+    draw = _checks.draw(op, W, 1.0, seed, generator, chain_offset, precision)
+    record = needs_grad(W, b, c, log_var)
+    loss, *_, advanced = run(_LOSS, backend, v, model, k, chains, draw, record=record)
     if chains is not None:
         chains.copy_(advanced.detach())
     seeds.advance(seed, 2 * k)
@@ -171,34 +161,41 @@ def cd_loss(
 
 
 def _check(
-    op: str, v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, chains: Tensor | None,
-    log_var: Tensor | None, chain_offset: int,
-) -> None:  # fmt: skip
-    _checks.model(op, v, W, b, c, log_var)
+    op: str,
+    v: Tensor,
+    W: Tensor,
+    b: Tensor,
+    c: Tensor,
+    k: int,
+    chains: Tensor | None,
+    log_var: Tensor | None,
+) -> Model:
+    model = _checks.model(op, v, W, b, c, log_var)
     if v.shape[0] == 0:
         raise ValueError(f"{op}: v must have at least one row to average over, got {list(v.shape)}")
     if chains is not None:
         _checks.states(op, "chains", chains, W.shape[0], "V", W)
-        if log_var is not None and not chains.is_floating_point():
+        if model.units.continuous and not chains.is_floating_point():
             raise TypeError(
-                f"{op}: chains of Gaussian units must be floating point, got {chains.dtype}"
+                f"{op}: chains of {model.units.label} units must be floating point, "
+                f"got {chains.dtype}"
             )
         if chains.shape[0] == 0:
             raise ValueError(
                 f"{op}: chains must have at least one row to average over, got {list(chains.shape)}"
             )
     _checks.sweeps(op, k)
-    _checks.chain(op, chain_offset)
+    return model
 
 
-def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, log_var: Tensor | None) -> None:
+def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, units: Units) -> None:
     n_visible, n_hidden = W.shape
-    names = ("grad_W", "grad_b", "grad_c", "grad_log_var")[: 3 if log_var is None else 4]
-    shapes = ((n_visible, n_hidden), (n_visible,), (n_hidden,), (n_visible,))
+    names = ("grad_W", "grad_b", "grad_c", *(f"grad_{name}" for name in units.parameter_names))
+    shapes = ((n_visible, n_hidden), (n_visible,), (n_hidden,), *((n_visible,),) * (len(names) - 3))
     if not isinstance(out, (tuple, list)) or len(out) != len(names):
         got = len(out) if isinstance(out, (tuple, list)) else repr(out)
         raise ValueError(f"{op}: out must be the buffers ({', '.join(names)}), got {got}")
-    for name, buffer, shape in zip(names, out, shapes, strict=False):
+    for name, buffer, shape in zip(names, out, shapes, strict=True):
         if not isinstance(buffer, Tensor) or not buffer.dtype.is_floating_point:
             raise TypeError(f"{op}: out's {name} must be a floating-point tensor, got {buffer!r}")
         if buffer.shape != shape:
@@ -209,40 +206,86 @@ def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, log_var: Tensor | No
             )
 
 
-def _step(*arguments: Any) -> tuple[Tensor, ...]:
-    return _gradients("cd_step", *arguments)
+def _write(
+    out: tuple[Tensor, ...], grads: tuple[Tensor, ...], accumulate: bool
+) -> tuple[Tensor, ...]:
+    """Bring gradients into the caller's buffers, which take their place."""
+    for buffer, grad in zip(out, grads, strict=True):
+        if accumulate:
+            buffer.add_(grad.to(buffer.dtype))
+        else:
+            buffer.copy_(grad)
+    return tuple(out)
 
 
-def _gradients(
-    op: str, v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, chains: Tensor | None,
-    log_var: Tensor | None, seed: Tensor, chain_offset: int, backend: str | None,
-    precision: str | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    *grads, advanced, energies = select(op, backend, W.device, W.dtype, max(W.shape)).cd_step(
-        v, W, b, c, k, chains, log_var, None, False, seed, chain_offset, limbs_of(op, precision), op
+def _step(
+    module: Any,
+    op: str,
+    v: Tensor,
+    model: Model,
+    k: int,
+    chains: Tensor | None,
+    draw: Draw,
+    out: tuple[Tensor, ...] | None = None,
+    accumulate: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """grad_W, grad_b, grad_c, grad_log_var or None, the advanced chains, the mean free energies."""
+    W = model.W
+    # The averages over both phases are the gradient, unless the units have parameters of their own.
+    final = not model.units.parameter_names
+    direct = out is not None and final and all(_is_plain(buffer) for buffer in out)
+    averages = out if direct and out is not None else tuple(map(_like, model[:3]))
+    advanced, energies = module.cd_step(
+        op, v, model, k, chains, draw, averages, accumulate and direct
     )
-    if grads[3] is None:
-        grads[3] = W.new_empty(0)
-    return (*grads, advanced, energies)
+    grads = averages if final else _finished(averages, v, advanced, model)
+    if not direct and out is not None:
+        grads = _write(out, grads, accumulate)
+    elif out is None and W.dtype is not torch.float32:
+        grads = tuple(grad.to(W.dtype) for grad in grads)
+    dtype = W.dtype if chains is None else chains.dtype
+    if advanced.dtype is not dtype:
+        advanced = advanced.to(dtype)
+    return (*grads, *(None,) * (4 - len(grads)), advanced, energies)
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Whether a backend can write into a buffer: float32, values of a row side by side."""
+    return buffer.dtype is torch.float32 and buffer.stride(-1) == 1
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def _finished(
+    averages: tuple[Tensor, ...], v: Tensor, advanced: Tensor, model: Model
+) -> tuple[Tensor, ...]:
+    """The gradients of all parameters, in which the units' own have their part."""
+    grad_W, grad_b, grad_c = averages
+    W, b, _, units = model
+    grad_W, grad_b, *of_units = units.gradients(
+        grad_W, grad_b, v, advanced, W, b, exp_neg=arithmetic.exp_neg
+    )
+    return grad_W, grad_b, grad_c, *of_units
 
 
 def _step_fake(
-    v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, chains: Tensor | None,
-    log_var: Tensor | None, seed: Tensor, chain_offset: int, backend: str | None,
-    precision: str | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    v: Tensor, model: Model, k: int, chains: Tensor | None, draw: Draw
+) -> tuple[Tensor, ...]:
+    W = model.W
+    parameters = [parameter for _, parameter in model.units.parameters()] or [W.new_empty(0)]
     return (
-        W.new_empty(W.shape),
-        W.new_empty(b.shape),
-        W.new_empty(c.shape),
-        W.new_empty(0 if log_var is None else b.shape[0]),
+        *(W.new_empty(x.shape) for x in (*model[:3], *parameters)),
         W.new_empty(v.shape) if chains is None else chains.new_empty(chains.shape),
         W.new_empty(2, dtype=torch.float32),
     )
 
 
-def _loss(*arguments: Any) -> tuple[Tensor, ...]:
-    *grads, advanced, energies = _gradients("cd_loss", *arguments)
+def _loss(*arguments: Any) -> tuple[Tensor | None, ...]:
+    *grads, advanced, energies = _step(*arguments)
+    assert energies is not None
     return (energies[0] - energies[1], *grads, advanced)
 
 
@@ -251,49 +294,16 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return (energies[0].clone(), *grads, advanced)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:5])
-    ctx.gaussian = inputs[6] is not None
+def _save(arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    units: Units = arguments[1].units
+    return results[1 : 4 + len(units.parameter_names)]
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 11
-    grads = [g * grad.to(g.dtype) for g in ctx.saved_tensors]
-    return (None, *grads[:3], None, None, grads[3] if ctx.gaussian else None, *(None,) * 4)
+def _backward(saved: list[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (None, *(gradient * grad.to(gradient.dtype) for gradient in saved))
 
 
-class _Loss(torch.autograd.Function):
-    """The registered operator's autograd without the dispatcher, for plain eager calls."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        outputs = _loss(*arguments)
-        _save(ctx, arguments, outputs)
-        ctx.mark_non_differentiable(outputs[5])
-        return outputs[0], outputs[5]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        return _backward(ctx, grad)
-
-
-_ARGUMENTS = (
-    "(Tensor v, Tensor W, Tensor b, Tensor c, int k, Tensor? chains, Tensor? log_var, Tensor seed, "
-    "int chain_offset, str? backend, str? precision) -> "
-)
-_library.register(
-    "cd_step",
-    _ARGUMENTS + "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _step,
-    _step_fake,
-)
-_library.register(
-    "cd_loss",
-    _ARGUMENTS + "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _loss,
-    _loss_fake,
-    _save,
-    _backward,
-)
+_ARGUMENTS = "Tensor v, Model model, int k, Tensor? chains, Draw draw"
+_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_STEP = define("cd_step", _ARGUMENTS, _RESULTS, _step, _step_fake)
+_LOSS = define("cd_loss", _ARGUMENTS, _RESULTS, _loss, _loss_fake, _save, _backward)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rbm_kernels.arithmetic import limbs_of
-from rbm_kernels.backends import select
-from rbm_kernels.ops import _checks, _library
+from rbm_kernels.arguments import Model
+from rbm_kernels.arithmetic import digits_of
+from rbm_kernels.ops import _checks
+from rbm_kernels.ops._dispatch import define, needs_grad, run
+from rbm_kernels.units import visible_units
 
 
 def free_energy(
@@ -54,73 +56,59 @@ def free_energy(
         tensor([-4.3863])
     """
     op = "free_energy"
-    _checks.model(op, v, W, b, c, log_var)
-    value, betas = _checks.temperature(op, beta, v.shape[0], W)
-    if _library.plain_eager() and not _library.needs_grad(v, W, b, c, log_var):
-        return _run(v, W, b, c, log_var, value, betas, backend, precision)
-    result: Tensor = torch.ops.rbm_kernels.free_energy(
-        v, W, b, c, log_var, value, betas, backend, precision
-    )
-    return result
+    model = _checks.model(op, v, W, b, c, log_var)
+    beta = _checks.temperature(op, beta, v.shape[0], W)
+    value, betas = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
+    energy: Tensor = run(
+        _FREE_ENERGY, backend, v, model, value, betas, digits_of(op, precision),
+        record=needs_grad(v, W, b, c, log_var),
+    )  # fmt: skip
+    return energy
 
 
-def _run(
-    v: Tensor, W: Tensor, b: Tensor, c: Tensor, log_var: Tensor | None, beta: float,
-    betas: Tensor | None, backend: str | None, precision: str | None,
-) -> Tensor:  # fmt: skip
-    result: Tensor = select("free_energy", backend, W.device, W.dtype, max(W.shape)).free_energy(
-        v, W, b, c, log_var, beta if betas is None else betas, limbs_of("free_energy", precision)
-    )
-    return result
+def _body(
+    module: Any, op: str, v: Tensor, model: Model, beta: float, betas: Tensor | None, digits: int
+) -> Tensor:
+    energy: Tensor = module.free_energies(op, v, model, beta if betas is None else betas, digits)
+    return energy
 
 
-def _fake(
-    v: Tensor, W: Tensor, b: Tensor, c: Tensor, log_var: Tensor | None, beta: float,
-    betas: Tensor | None, backend: str | None, precision: str | None,
-) -> Tensor:  # fmt: skip
-    return W.new_empty(v.shape[0], dtype=torch.promote_types(W.dtype, torch.float32))
+def _fake(v: Tensor, model: Model, beta: float, betas: Tensor | None, digits: int) -> Tensor:
+    dtype = torch.promote_types(model.W.dtype, torch.float32)
+    return model.W.new_empty(v.shape[0], dtype=dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    v, W, b, c, log_var, beta, betas = inputs[:7]
-    ctx.save_for_backward(v, W, b, c, log_var, betas)
-    ctx.beta = beta
+def _save(arguments: tuple[Any, ...], result: Tensor) -> tuple[Any, ...]:
+    v, model, beta, betas, _ = arguments
+    return v, *model[:3], model.units.log_var, beta, betas
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward(saved: list[Any], grad: Tensor) -> tuple[Any, ...]:
     # Plain tensor operations on the saved arguments, so that autograd can differentiate again.
-    v, W, b, c, log_var, betas = ctx.saved_tensors
+    v, W, b, c, log_var, beta, betas = saved
     dtype = grad.dtype
-    g = (grad * (ctx.beta if betas is None else betas.to(dtype)))[:, None]
-    states, weights, beta = v.to(dtype), W.to(dtype), ctx.beta if betas is None else betas[:, None]
-    precision = None if log_var is None else torch.exp(-log_var.to(dtype))
-    scaled = states if precision is None else states * precision
-    gp = g * torch.sigmoid(beta * (c.to(dtype) + scaled @ weights))
-    grad_scaled = -(gp @ weights.t())
-    if precision is None:
-        grad_v, grad_b, grad_log_var = grad_scaled - g * b.to(dtype), -(g * states).sum(dim=0), None
-    else:
-        distance = states - b.to(dtype)
-        grad_v = (grad_scaled + g * distance) * precision
-        grad_b = -(g * distance).sum(dim=0) * precision
-        grad_log_var = -(g * distance.square() / 2).sum(dim=0) * precision - (
-            grad_scaled * scaled
-        ).sum(dim=0)
+    units = visible_units(log_var).to(dtype)
+    states, weights, bias = v.to(dtype), W.to(dtype), b.to(dtype)
+    factor = beta if betas is None else betas.to(dtype)[:, None]
+    grad_energy = grad * (beta if betas is None else betas.to(dtype))
+    seen = units.given(states)
+    grad_x = -grad_energy[:, None] * torch.sigmoid(factor * (c.to(dtype) + seen @ weights))
+    grad_v, grad_b, *of_energy = units.energy_backward(grad_energy, states, bias)
+    grad_seen, *of_given = units.given_backward(grad_x @ weights.t(), states)
     return (
-        grad_v.to(v.dtype) if v.is_floating_point() else None,
-        -(scaled.t() @ gp).to(W.dtype),
+        (grad_v + grad_seen).to(v.dtype) if v.is_floating_point() else None,
+        (seen.t() @ grad_x).to(W.dtype),
         grad_b.to(b.dtype),
-        -gp.sum(dim=0).to(c.dtype),
-        None if log_var is None or grad_log_var is None else grad_log_var.to(log_var.dtype),
-        *(None,) * 4,
+        grad_x.sum(dim=0).to(c.dtype),
+        *((x + y).to(W.dtype) for x, y in zip(of_energy, of_given, strict=True)),
     )
 
 
-_library.register(
+_FREE_ENERGY = define(
     "free_energy",
-    "(Tensor v, Tensor W, Tensor b, Tensor c, Tensor? log_var, float beta, Tensor? betas, "
-    "str? backend, str? precision) -> Tensor",
-    _run,
+    "Tensor v, Model model, float beta, Tensor? betas, int digits",
+    "Tensor",
+    _body,
     _fake,
     _save,
     _backward,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from rbm_kernels import seeds
-from rbm_kernels.arithmetic import limbs_of
-from rbm_kernels.backends import select
-from rbm_kernels.ops import _checks, _library
+from rbm_kernels.arguments import Draw, Model
+from rbm_kernels.ops import _checks
+from rbm_kernels.ops._dispatch import define, run
 
 
 def gibbs_sample(
@@ -64,25 +66,15 @@ def gibbs_sample(
         tensor([[1., 0., 1.]])
     """
     op = "gibbs_sample"
-    _checks.model(op, v, W, b, c, log_var)
+    model = _checks.model(op, v, W, b, c, log_var)
     _checks.sweeps(op, k)
-    dtype = _checks.state_dtype(op, out_dtype, W, log_var is not None)
-    value, betas = _checks.temperature(op, beta, v.shape[0], W, log_var is not None)
-    _checks.chain(op, chain_offset)
+    dtype = _checks.state_dtype(op, out_dtype, W, model.units)
+    beta = _checks.temperature(op, beta, v.shape[0], W, model.units)
     mask, values = _clamp(op, clamp, v)
-    key = seeds.resolve(op, seed, generator, W.device)
-    if _library.plain_eager():
-        state: Tensor = select(op, backend, W.device, W.dtype, max(W.shape)).gibbs_sample(
-            v, W, b, c, k, log_var, value if betas is None else betas, mask, values, key,
-            chain_offset, dtype, limbs_of("gibbs_sample", precision),
-        )  # fmt: skip
-    else:
-        state = torch.ops.rbm_kernels.gibbs_sample(
-            v, W, b, c, k, log_var, value, betas, mask, values, key, chain_offset, dtype,
-            backend, precision,
-        )  # fmt: skip
+    draw = _checks.draw(op, W, beta, seed, generator, chain_offset, precision)
+    states: Tensor = run(_GIBBS, backend, v, model, k, draw, mask, values, dtype)
     seeds.advance(seed, 2 * k)
-    return state
+    return states
 
 
 def _clamp(
@@ -115,33 +107,37 @@ def _clamp(
     return mask, values
 
 
-def _run(
-    v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, log_var: Tensor | None, beta: float,
-    betas: Tensor | None, mask: Tensor | None, values: Tensor | None, seed: Tensor,
-    chain_offset: int, out_dtype: torch.dtype, backend: str | None,
-    precision: str | None,
-) -> Tensor:  # fmt: skip
-    result: Tensor = select("gibbs_sample", backend, W.device, W.dtype, max(W.shape)).gibbs_sample(
-        v, W, b, c, k, log_var, beta if betas is None else betas, mask, values, seed,
-        chain_offset, out_dtype, limbs_of("gibbs_sample", precision),
-    )  # fmt: skip
-    return result
+def _body(
+    module: Any,
+    op: str,
+    v: Tensor,
+    model: Model,
+    k: int,
+    draw: Draw,
+    mask: Tensor | None,
+    values: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    states: Tensor = module.gibbs_sample(op, v, model, k, draw, mask, values, out_dtype)
+    return states if states.dtype is out_dtype else states.to(out_dtype)
 
 
 def _fake(
-    v: Tensor, W: Tensor, b: Tensor, c: Tensor, k: int, log_var: Tensor | None, beta: float,
-    betas: Tensor | None, mask: Tensor | None, values: Tensor | None, seed: Tensor,
-    chain_offset: int, out_dtype: torch.dtype, backend: str | None,
-    precision: str | None,
-) -> Tensor:  # fmt: skip
-    return W.new_empty(v.shape, dtype=out_dtype)
+    v: Tensor,
+    model: Model,
+    k: int,
+    draw: Draw,
+    mask: Tensor | None,
+    values: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return model.W.new_empty(v.shape, dtype=out_dtype)
 
 
-_library.register(
+_GIBBS = define(
     "gibbs_sample",
-    "(Tensor v, Tensor W, Tensor b, Tensor c, int k, Tensor? log_var, float beta, Tensor? betas, "
-    "Tensor? mask, Tensor? values, Tensor seed, int chain_offset, ScalarType out_dtype, "
-    "str? backend, str? precision) -> Tensor",
-    _run,
+    "Tensor v, Model model, int k, Draw draw, Tensor? mask, Tensor? values, ScalarType out_dtype",
+    "Tensor",
+    _body,
     _fake,
 )

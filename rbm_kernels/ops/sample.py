@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from rbm_kernels import seeds
-from rbm_kernels.arithmetic import limbs_of
-from rbm_kernels.backends import select
-from rbm_kernels.ops import _checks, _library
+from rbm_kernels.arguments import Beta, Draw, Layer
+from rbm_kernels.ops import _checks
+from rbm_kernels.ops._dispatch import Operation, define, needs_grad, run
+from rbm_kernels.units import Bernoulli, visible_units
 
-Beta = float | Tensor
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _Options(TypedDict, total=False):
+    """The keywords of both functions that do not change what they return."""
+
+    log_var: Tensor | None
+    beta: Beta
+    out_dtype: torch.dtype | None
+    seed: seeds.Seed | None
+    generator: torch.Generator | None
+    chain_offset: int
+    backend: str | None
+    precision: str | None
+
+
+@overload
+def sample_hidden(
+    v: Tensor,
+    W: Tensor,
+    c: Tensor,
+    *,
+    return_probs: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+
+
+@overload
+def sample_hidden(
+    v: Tensor, W: Tensor, c: Tensor, *, return_probs: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, Tensor]: ...
 
 
 def sample_hidden(
@@ -64,18 +96,36 @@ def sample_hidden(
         tensor([[1., 1., 1., 1.],
                 [1., 1., 1., 1.]])
     """
-    op = "sample_hidden"
+    op, units = "sample_hidden", visible_units(log_var)
     _checks.weight(op, W)
     try:
         _checks.states(op, "v", v, W.shape[0], "V", W)
         _checks.vector(op, "c", c, W.shape[1], "H", W)
+        _checks.unit_parameters(op, units, W.shape[0], W)
     except ValueError:
         _checks.transposed(op, W, v, c)
         raise
     return _sample(
-        op, v, W, c, W.shape[0], log_var, beta, return_probs, out_dtype, seed, generator,
+        _HIDDEN, v, Layer(W, c, units, _BERNOULLI), beta, return_probs, out_dtype, seed, generator,
         chain_offset, backend, precision,
     )  # fmt: skip
+
+
+@overload
+def sample_visible(
+    h: Tensor,
+    W: Tensor,
+    b: Tensor,
+    *,
+    return_probs: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+
+
+@overload
+def sample_visible(
+    h: Tensor, W: Tensor, b: Tensor, *, return_probs: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, Tensor]: ...
 
 
 def sample_visible(
@@ -106,29 +156,31 @@ def sample_visible(
         return_probs: also return the conditional means [B, V] (for Bernoulli units, the
             probabilities), differentiable in h, W and b.
 
-    The other arguments, errors and the order of results are those of :func:`sample_hidden`.
+    The other arguments, errors and the order of results are those of ``sample_hidden``.
     """
-    op = "sample_visible"
+    op, units = "sample_visible", visible_units(log_var)
     _checks.weight(op, W)
     try:
         _checks.states(op, "h", h, W.shape[1], "H", W)
         _checks.vector(op, "b", b, W.shape[0], "V", W)
+        _checks.unit_parameters(op, units, W.shape[0], W)
     except ValueError:
         _checks.transposed(op, W, b, h)
         raise
     return _sample(
-        op, h, W, b, W.shape[0], log_var, beta, return_probs, out_dtype, seed, generator,
-        chain_offset, backend, precision,
+        _VISIBLE, h, Layer(W.t(), b, _BERNOULLI, units), beta, return_probs, out_dtype, seed,
+        generator, chain_offset, backend, precision,
     )  # fmt: skip
 
 
+# The hidden units of every model.
+_BERNOULLI = Bernoulli()
+
+
 def _sample(
-    op: str,
+    op: Operation,
     given: Tensor,
-    W: Tensor,
-    bias: Tensor,
-    n_visible: int,
-    log_var: Tensor | None,
+    layer: Layer,
     beta: Beta,
     return_probs: bool,
     out_dtype: torch.dtype | None,
@@ -138,105 +190,71 @@ def _sample(
     backend: str | None,
     precision: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if log_var is not None:
-        _checks.vector(op, "log_var", log_var, n_visible, "V", W)
-    real = log_var is not None and op == "sample_visible"
-    dtype = _checks.state_dtype(op, out_dtype, W, real)
-    value, betas = _checks.temperature(op, beta, given.shape[0], W, real)
-    _checks.chain(op, chain_offset)
-    key = seeds.resolve(op, seed, generator, W.device)
-    if _library.plain_eager() and not (
-        return_probs and _library.needs_grad(given, W, bias, log_var)
-    ):
-        module = select(op, backend, W.device, W.dtype, max(W.shape))
-        states, probs = getattr(module, op)(
-            given, W, bias, log_var, value if betas is None else betas, return_probs, key,
-            chain_offset, dtype, limbs_of(op, precision),
-        )  # fmt: skip
-    else:
-        states, probs = getattr(torch.ops.rbm_kernels, op)(
-            given, W, bias, log_var, value, betas, return_probs, key, chain_offset, dtype,
-            backend, precision,
-        )  # fmt: skip
+    name, W = op.name, layer.W
+    dtype = _checks.state_dtype(name, out_dtype, W, layer.drawn)
+    beta = _checks.temperature(name, beta, given.shape[0], W, layer.drawn)
+    draw = _checks.draw(name, W, beta, seed, generator, chain_offset, precision)
+    record = return_probs and needs_grad(
+        given, W, layer.bias, layer.given.log_var, layer.drawn.log_var
+    )
+    states, probs = run(op, backend, given, layer, draw, return_probs, dtype, record=record)
     seeds.advance(seed, 1)
     return (states, probs) if return_probs else states
 
 
-_SCHEMA = (
-    "(Tensor given, Tensor W, Tensor bias, Tensor? log_var, float beta, Tensor? betas, "
-    "bool return_probs, Tensor seed, int chain_offset, ScalarType out_dtype, "
-    "str? backend, str? precision) -> (Tensor, Tensor)"
-)
-
-
-def _implementation(op: str) -> Any:
-    def run(
-        given: Tensor, W: Tensor, bias: Tensor, log_var: Tensor | None, beta: float,
-        betas: Tensor | None, return_probs: bool, seed: Tensor, chain_offset: int,
-        out_dtype: torch.dtype, backend: str | None, precision: str | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        module = select(op, backend, W.device, W.dtype, max(W.shape))
-        result: tuple[Tensor, Tensor] = getattr(module, op)(
-            given, W, bias, log_var, beta if betas is None else betas, return_probs, seed,
-            chain_offset, out_dtype, limbs_of(op, precision),
-        )  # fmt: skip
-        return result
-
-    return run
+def _body(
+    module: Any,
+    op: str,
+    given: Tensor,
+    layer: Layer,
+    draw: Draw,
+    return_probs: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    states, probs = module.sample_layer(op, given, layer, draw, return_probs, out_dtype)
+    if states.dtype is not out_dtype:
+        states = states.to(out_dtype)
+    return states, None if probs is None else probs.to(layer.W.dtype)
 
 
 def _fake(
-    given: Tensor, W: Tensor, bias: Tensor, log_var: Tensor | None, beta: float,
-    betas: Tensor | None, return_probs: bool, seed: Tensor, chain_offset: int,
-    out_dtype: torch.dtype, backend: str | None, precision: str | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = (given.shape[0], bias.shape[0])
-    probs = W.new_empty(shape) if return_probs else W.new_empty(0)
-    return W.new_empty(shape, dtype=out_dtype), probs
+    given: Tensor, layer: Layer, draw: Draw, return_probs: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    shape = (given.shape[0], layer.bias.shape[0])
+    probs = layer.W.new_empty(shape) if return_probs else layer.W.new_empty(0)
+    return layer.W.new_empty(shape, dtype=out_dtype), probs
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    given, W, _, log_var, beta, betas = inputs[:6]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(given, W, log_var, betas, output[1])
-    ctx.beta = beta
+def _save(arguments: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
+    given, layer, draw = arguments[:3]
+    return given, layer.W, layer.given.log_var, layer.drawn.log_var, draw.beta, results[1]
 
 
-def _through_sigmoid(ctx: Any, grad: Tensor, p: Tensor, betas: Tensor | None) -> Tensor:
-    factor = ctx.beta if betas is None else betas[:, None].to(p.dtype)
-    return grad * p * (1 - p) * factor
-
-
-def _hidden_backward(ctx: Any, _: Any, grad: Tensor | None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 12
-    v, W, log_var, betas, p = ctx.saved_tensors
-    g = _through_sigmoid(ctx, grad, p, betas)
-    precision = 1.0 if log_var is None else torch.exp(-log_var)
-    scaled = v.to(W.dtype) * precision
-    grad_scaled = g @ W.t()
+def _backward(saved: list[Any], grad: Tensor) -> tuple[Any, ...]:
+    given, W, given_log_var, drawn_log_var, beta, probs = saved
+    units, drawn = visible_units(given_log_var), visible_units(drawn_log_var)
+    beta = beta.to(grad.dtype) if isinstance(beta, Tensor) else beta
+    states = given.to(W.dtype)
+    grad_x = drawn.mean_backward(grad, probs, beta)
+    grad_states, *grad_units = units.given_backward(grad_x @ W.t(), states)
     return (
-        grad_scaled * precision if v.is_floating_point() else None,
-        scaled.t() @ g,
-        g.sum(dim=0),
-        None if log_var is None else -(grad_scaled * scaled).sum(dim=0),
-        *(None,) * 8,
+        grad_states if given.is_floating_point() else None,
+        units.given(states).t() @ grad_x,
+        grad_x.sum(dim=0),
+        *grad_units,
     )
 
 
-def _visible_backward(ctx: Any, _: Any, grad: Tensor | None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 12
-    h, W, log_var, betas, p = ctx.saved_tensors
-    g = _through_sigmoid(ctx, grad, p, betas) if log_var is None else grad
-    return (
-        g @ W if h.is_floating_point() else None,
-        g.t() @ h.to(W.dtype),
-        g.sum(dim=0),
-        *(None,) * 9,
+_HIDDEN, _VISIBLE = (
+    define(
+        name,
+        "Tensor given, Layer layer, Draw draw, bool return_probs, ScalarType out_dtype",
+        "(Tensor, Tensor)",
+        _body,
+        _fake,
+        _save,
+        _backward,
+        differentiable=1,
     )
-
-
-for _op, _backward in (("sample_hidden", _hidden_backward), ("sample_visible", _visible_backward)):
-    _library.register(_op, _SCHEMA, _implementation(_op), _fake, _save, _backward)
+    for name in ("sample_hidden", "sample_visible")
+)

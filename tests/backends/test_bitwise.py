@@ -67,7 +67,7 @@ def test_cpu_equals_reference(kind: str, precision: str) -> None:
             differs = x != y if kind != "gaussian" else (x - y).abs() > 1e-5 * (1 + y.abs())
             different += int(differs.sum())
             total += x.numel()
-        # The reference's free energies are plain float32; two limbs of cpu are coarser than that.
+        # The reference's free energies are plain float32; two digits of cpu are coarser than that.
         energies = 1e-6 * (1 + real[2].abs().max().item()) * (1 if precision == "highest" else 300)
         for x, y in zip(real, exact, strict=True):
             assert x.dtype == y.dtype and x.shape == y.shape
@@ -130,53 +130,53 @@ def test_gradients_of_cpu_are_the_references_bits(kind: str) -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("limbs", [2, 3])
+@pytest.mark.parametrize("digits", [2, 3])
 @pytest.mark.parametrize("name", cpu.instruction_sets())
-def test_integer_sums_are_exact(name: str, limbs: int) -> None:
+def test_integer_sums_are_exact(name: str, digits: int) -> None:
     cases = []
     for rows, k, n in [(1, 1, 1), (5, 37, 20), (70, 241, 33), (3, 1000, 17)]:
         cases.append((binary(rows, k, seed=1), normal(k, n, seed=2)))
         cases.append((binary(rows, n, seed=1), normal(k, n, seed=2).T))  # column-major
-    cases.append((torch.ones(2, 5000), worst_case(limbs, 5000)))
-    cases.append((torch.ones(2, 5000), -worst_case(limbs, 5000)))
-    cases.append((torch.ones(2, 70_000), worst_case(limbs, 70_000)))
+    cases.append((torch.ones(2, 5000), worst_case(digits, 5000)))
+    cases.append((torch.ones(2, 5000), -worst_case(digits, 5000)))
+    cases.append((torch.ones(2, 70_000), worst_case(digits, 70_000)))
     for scale in (1e-38, 1e-20, 1e20, 1e37):
         cases.append((binary(4, 30, seed=1), normal(30, 20, seed=2, scale=scale)))
     # Halfway between two integers: ties go to even on every instruction set.
     ties = torch.arange(-40, 40).reshape(8, 10) + 0.5
-    ties[0, 0] = float({2: 127 * 257, 3: 127 * 65793}[limbs])
+    ties[0, 0] = float({2: 127 * 257, 3: 127 * 65793}[digits])
     cases.append((torch.eye(8), ties))
     with instruction_set(name):
         for states, W in cases:
-            got = cpu.integer_sums(states, W, limbs)
-            expected = (states.double() @ integers(W, limbs).double()).double()
+            got = cpu.integer_sums(states, W, digits)
+            expected = (states.double() @ integers(W, digits).double()).double()
             assert torch.equal(got, expected), (name, states.shape, W.shape)
 
 
 @needs_cpu
-@pytest.mark.parametrize("limbs", [2, 3])
+@pytest.mark.parametrize("digits", [2, 3])
 @pytest.mark.parametrize("name", cpu.instruction_sets())
-def test_integer_sums_of_real_states_are_exact(name: str, limbs: int) -> None:
+def test_integer_sums_of_real_states_are_exact(name: str, digits: int) -> None:
     with instruction_set(name):
         for rows, k, n in [(1, 1, 1), (5, 37, 20), (9, 129, 16), (3, 1000, 17)]:
             states, W = normal(rows, k, seed=1), normal(k, n, seed=2)
-            got = cpu.integer_sums(states, W, limbs)
-            fixed = torch.stack([integers(row, limbs) for row in states])
-            W_fixed = integers(W, limbs)
+            got = cpu.integer_sums(states, W, digits)
+            fixed = torch.stack([integers(row, digits) for row in states])
+            W_fixed = integers(W, digits)
             expected = torch.stack([(row[:, None] * W_fixed).sum(0) for row in fixed])
             assert torch.equal(got, expected.double()), (name, rows, k, n)
 
 
-@pytest.mark.parametrize("limbs", [2, 3])
-def test_reference_integers_are_the_definition(limbs: int) -> None:
+@pytest.mark.parametrize("digits", [2, 3])
+def test_reference_integers_are_the_definition(digits: int) -> None:
     for scale in (1e-38, 1e-20, 0.3, 1.0, 1.001, 1e20, 1e37):
         W = normal(40, 30, seed=2, scale=scale)
-        got = arithmetic.fixed_point(W, arithmetic.scale_of(W.abs().amax(), limbs))
-        assert torch.equal(got.long(), integers(W, limbs))
-    W = worst_case(limbs, 10)
-    got = arithmetic.fixed_point(W, arithmetic.scale_of(W.abs().amax(), limbs))
+        got = arithmetic.fixed_point(W, arithmetic.scale_of(W.abs().amax(), digits))
+        assert torch.equal(got.long(), integers(W, digits))
+    W = worst_case(digits, 10)
+    got = arithmetic.fixed_point(W, arithmetic.scale_of(W.abs().amax(), digits))
     assert torch.equal(got, W.double())
-    a, b = integers(normal(9, 500), limbs), integers(normal(500, 7), limbs)
+    a, b = integers(normal(9, 500), digits), integers(normal(500, 7), digits)
     expected = torch.stack([(row[:, None] * b).sum(0) for row in a])
     assert torch.equal(arithmetic.exact_product(a.double(), b.double()), expected.double())
 

@@ -148,14 +148,14 @@ def gaussian_outcomes(rows: int, V: int, H: int, backend: str, precision: str) -
 def test_regimes_give_the_same_bits(
     kind: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limbs, gaussian = arithmetic.limbs_of("", precision), kind == "gaussian"
+    digits, gaussian = arithmetic.digits_of("", precision), kind == "gaussian"
     run = gaussian_outcomes if gaussian else functools.partial(outcomes, kind)
     found = set()
     for rows, V, H in ((5, 3, 2), (70, 37, 50), (33, 130, 70)):
         expected = run(rows, V, H, "reference", precision)
         for name in REGIMES:
             monkeypatch.setenv("RBM_KERNELS_CUDA_REGIME", name)
-            regime = cuda.regime(rows, V, H, 2, limbs, device, gaussian).split()[0]
+            regime = cuda.regime(rows, V, H, 2, digits, device, gaussian).split()[0]
             found.add(regime)
             if regime == name:
                 for place, (x, y) in enumerate(
@@ -333,8 +333,8 @@ def chains_in_a_cluster(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """States, W and the other arguments of chains for which the cluster is certain to run."""
     monkeypatch.setenv("RBM_KERNELS_CUDA_REGIME", "cluster")
-    limbs = arithmetic.limbs_of("", precision)
-    if not cuda.regime(rows, V, H, 2, limbs, device, gaussian=True).startswith("cluster"):
+    digits = arithmetic.digits_of("", precision)
+    if not cuda.regime(rows, V, H, 2, digits, device, gaussian=True).startswith("cluster"):
         assert "cuda" not in EMULATED
         pytest.skip("this device runs no clusters")
     v, W = normal(rows, V, seed=1, scale=2.0), normal(V, H, seed=2, scale=2 / V**0.5)

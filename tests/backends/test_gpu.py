@@ -519,7 +519,7 @@ def test_auto_takes_a_gpu_backend() -> None:
     chosen = ON_GPU[-1]  # cuda comes first where both run
     arguments = (t["v"], t["W"], t["b"], t["c"])
     assert (
-        rk.ops.cd.select("cd_step", None, t["W"].device, torch.float32)
+        rk.ops._dispatch.select("cd_step", None, t["W"].device, torch.float32)
         is (rk.backends.BACKENDS[chosen])
     )
     assert same(

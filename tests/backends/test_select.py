@@ -10,11 +10,13 @@ import pytest
 import torch
 from support.backends import GPU_BACKENDS, Moved, needs_cpu, why_not_on
 from support.errors import raises
-from support.tensors import binary, normal, same
+from support.tensors import normal, same
 
 import rbm_kernels as rk
 from rbm_kernels import backends
+from rbm_kernels.arguments import Draw, Model
 from rbm_kernels.backends import cpu, reference, select
+from rbm_kernels.units import Bernoulli, Gaussian, Units
 
 CPU, GPU, OTHER = torch.device("cpu"), torch.device("cuda", 1), torch.device("meta")
 FLOAT32, FLOAT64 = torch.float32, torch.float64
@@ -28,16 +30,15 @@ class Standing:
         self.emulated: set[str] = set()
         monkeypatch.delenv("RBM_KERNELS_BACKEND", raising=False)
         monkeypatch.setattr(backends, "_told", set())
+        # What is chosen once is kept, and here backends come and go.
+        monkeypatch.setattr(backends, "_automatic", backends._automatic.__wrapped__)
         for name in self.reasons:
             module = backends.BACKENDS[name]
             monkeypatch.setattr(module, "unavailable_reason", lambda n=name: self.reasons[n])
-            if name != "cpu":
-                monkeypatch.setattr(
-                    module, "runs_on", lambda d, n=name: self.runs_on(n, d), raising=False
-                )
+            monkeypatch.setattr(module, "runs_on", lambda d, n=name: self.runs_on(n, d))
 
     def runs_on(self, name: str, device: torch.device) -> str | None:
-        takes = "cpu" if name in self.emulated else "cuda"
+        takes = "cpu" if name in ("cpu", *self.emulated) else "cuda"
         return None if device.type == takes else f"{name} takes no tensors on {device}"
 
 
@@ -85,6 +86,44 @@ def test_float64_free_energies_are_the_references(standing: Standing) -> None:
         raises(RuntimeError, "free_energy", repr(name), "float64")(
             lambda n=name, d=device: select("free_energy", n, d, FLOAT64)
         )
+
+
+class Unknown(Bernoulli):
+    """A kind of unit that is new to every backend but the reference."""
+
+    label = "Unknown"
+
+
+def test_units_that_a_backend_lacks_are_the_references(
+    standing: Standing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="rbm_kernels")
+    for name in ("cpu", "triton", "cuda"):
+        monkeypatch.setattr(backends.BACKENDS[name], "UNITS", (Gaussian,))
+    for device in (CPU, GPU):
+        for kinds in ((Gaussian,), (Bernoulli, Gaussian), (Unknown,)):
+            found = [select("cd_step", None, device, FLOAT32, 0, kinds) for _ in range(2)]
+            assert all((module is reference) == (kinds != (Gaussian,)) for module in found)
+    assert select("cd_step", "reference", CPU, FLOAT32, 0, (Unknown,)) is reference
+    raises(RuntimeError, "gibbs_sample", "'cpu'", "no Unknown units")(
+        lambda: select("gibbs_sample", "cpu", CPU, FLOAT32, 0, (Gaussian, Unknown))
+    )
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == len(set(lines)) == 4  # two devices, two kinds
+    assert all("the reference backend runs (c" in line for line in lines)
+
+
+def test_every_backend_says_which_units_it_has() -> None:
+    for module in backends.BACKENDS.values():
+        assert module.UNITS and all(issubclass(kind, Units) for kind in module.UNITS)
+
+
+def test_empty_calls_are_the_references_where_the_backend_could_run(standing: Standing) -> None:
+    assert select("cd_step", None, GPU, FLOAT32, empty=True) is reference
+    assert select("cd_step", "cuda", GPU, FLOAT32, empty=True) is reference
+    raises(RuntimeError, "'cuda'", "cpu")(
+        lambda: select("cd_step", "cuda", CPU, FLOAT32, empty=True)
+    )
 
 
 def test_a_fall_back_is_logged_once(standing: Standing, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,26 +182,28 @@ def test_a_gpu_backend_runs_or_says_why_not(backend: str) -> None:
 @needs_cpu
 def test_a_moved_call_is_the_call() -> None:
     """support.Moved, which takes the tests to a GPU, tried from the CPU to the CPU."""
-    v, W, b, c = binary(9, 7), normal(7, 5), normal(7), normal(5)
-    key = torch.tensor([5, 6])
+    v, W, b, c = normal(9, 7), normal(7, 5), normal(7), normal(5)
+    model = Model(W, b, c, Gaussian(normal(7, seed=1)))
+    draw = Draw(torch.tensor([5, 6]), 3, 1.0, 3)
 
-    def step(module: Any, out: tuple[torch.Tensor, ...]) -> Any:
-        return module.cd_step(v.T.contiguous().T, W, b, c, 2, v[::2], None, out, False, key, 3, 3)
+    def step(module: Any, averages: tuple[torch.Tensor, ...]) -> Any:
+        return module.cd_step(
+            "cd_step", v.T.contiguous().T, model, 2, v[::2], draw, averages, False
+        )
 
-    # grad_b and grad_c lie in one storage, with gaps that belong to somebody else.
+    # The buffers lie in one storage, with gaps that belong to somebody else.
     def buffers() -> tuple[torch.Tensor, ...]:
-        store = torch.full((30,), float("nan"))
-        return torch.full((7, 5), float("nan")), store[:14:2], store[20:30:2]
+        store = torch.full((80,), float("nan"))
+        return store[:56].view(7, 8)[:, 2:7], store[60:67], store[70:75]
 
     moved = Moved(cpu, "cpu")
     mine, theirs = buffers(), buffers()
     got, expected = step(moved, mine), step(cpu, theirs)
     assert all(same(x, y) for x, y in zip(got, expected, strict=True))
-    for buffer, returned, other in zip(mine, got, theirs, strict=False):
-        assert returned is buffer and same(buffer, other)
-    store = mine[1].untyped_storage()
-    gaps = torch.empty(0).set_(store)[1:14:2]
-    assert gaps.isnan().all()
+    assert all(same(x, y) and not x.isnan().any() for x, y in zip(mine, theirs, strict=True))
+    store = torch.empty(0).set_(mine[1].untyped_storage())
+    assert store[:56].view(7, 8)[:, [0, 1, 7]].isnan().all()
+    assert store[56:60].isnan().all() and store[67:70].isnan().all() and store[75:].isnan().all()
     assert moved.unavailable_reason() is None
 
 
@@ -182,3 +223,13 @@ def test_a_moved_call_has_tensors_of_its_own() -> None:
             assert x is y
     assert there[0].untyped_storage().data_ptr() == there[1].untyped_storage().data_ptr()
     assert torch.equal(result[0], store[1::2] + 1) and result[1] is arguments[1]
+
+
+def test_a_moved_call_moves_the_units_parameters() -> None:
+    seen: list[Any] = []
+    model = Model(normal(2, 3), normal(2), normal(3), Gaussian(normal(2, seed=1)))
+    Moved(SimpleNamespace(call=seen.append), "cpu").call(model)  # type: ignore[arg-type]
+    (there,) = seen
+    assert isinstance(there, Model) and isinstance(there.units, Gaussian)
+    for x, y in ((model.W, there.W), (model.units.log_var, there.units.log_var)):
+        assert same(x, y) and x.data_ptr() != y.data_ptr()

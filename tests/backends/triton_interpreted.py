@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import Config
 
 import rbm_kernels as rk
+from rbm_kernels.arguments import Draw, Model
 from rbm_kernels.backends import triton
 from rbm_kernels.backends.triton import sample, tuning
 from rbm_kernels.backends.triton.operands import Weights
+from rbm_kernels.units import visible_units
 
 assert triton.interpreted(), "run by test_triton_interpreted.py"
 
@@ -172,26 +174,26 @@ def test_layouts_and_seeds() -> None:
     assert_agrees(rk.sample_hidden, row, W, c, seed=(2**63 - 1, -1), chain_offset=2**32 - 4)
 
 
-@pytest.mark.parametrize("limbs", [2, 3])
+@pytest.mark.parametrize("digits", [2, 3])
 @pytest.mark.parametrize("real", [False, True])
-def test_sums_at_their_limits(limbs: int, real: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_at_their_limits(digits: int, real: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """65535 units of the largest weight, where the int32 and int64 sums are fullest."""
     deep = Config({"BLOCK_B": 1, "BLOCK_N": 4, "BLOCK_K": 8192})
     monkeypatch.setattr(tuning, "PRODUCT", [deep])
-    W = worst_case(limbs, 65535)
+    W = worst_case(digits, 65535)
     W[:, 1] *= -1
     # All digits of the largest integer are 127; the kernel that finds them is slow for so many.
-    digits = torch.zeros(limbs, 128, 65536, dtype=torch.int8)
-    digits[:, :3, :65535] = 127
-    digits[:, 1] *= -1
-    made = Weights(torch.ones(1), digits, None)
+    planes = torch.zeros(digits, 128, 65536, dtype=torch.int8)
+    planes[:, :3, :65535] = 127
+    planes[:, 1] *= -1
+    made = Weights(torch.ones(1), planes, None)
     monkeypatch.setattr(sample, "quantise", lambda *_, **__: made)
     v = torch.ones(1, 65535)
     if real:
         v *= W[0, 0] * 2.0**-7
     # x of the order of 1, and not of the order of 2^60, shows an error in its last place.
-    beta = 2.0 ** -(8 * limbs + 15 + (8 * limbs - 7 if real else 0))
-    precision = {2: "high", 3: "highest"}[limbs]
+    beta = 2.0 ** -(8 * digits + 15 + (8 * digits - 7 if real else 0))
+    precision = {2: "high", 3: "highest"}[digits]
     common = {"beta": beta, "precision": precision, "return_probs": True, "seed": 1}
     assert_agrees(rk.sample_hidden, v, W, torch.zeros(3), **common)
     p = rk.sample_hidden(v, W, torch.zeros(3), backend="triton", **common)[1]
@@ -257,12 +259,16 @@ class NoWaiting(TorchDispatchMode):
 def test_no_value_is_waited_for(kind: str) -> None:
     t = operands(5, 7, 6, kind)
     seed = torch.tensor([1, 2])
-    model = t["v"], t["W"], t["b"], t["c"]
+    model = Model(t["W"], t["b"], t["c"], visible_units(t["log_var"]))
+    averages = tuple(torch.empty_like(x) for x in model[:3])
     with NoWaiting():
-        triton.cd_step(*model, 2, t["chains"], t["log_var"], None, False, seed, 0, 3)
-        triton.gibbs_sample(
-            *model, 2, t["log_var"], t["beta"], t["mask"], None, seed, 0, torch.float32, 2
+        triton.cd_step(
+            "cd_step", t["v"], model, 2, t["chains"], Draw(seed, 0, 1.0, 3), averages, False
         )
-        triton.free_energy(*model, t["log_var"], 0.5, 2)
+        triton.gibbs_sample(
+            "gibbs_sample", t["v"], model, 2, Draw(seed, 0, t["beta"], 2), t["mask"], None,
+            torch.float32,
+        )  # fmt: skip
+        triton.free_energies("free_energy", t["v"], model, 0.5, 2)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
         bool(seed[0] == 1)

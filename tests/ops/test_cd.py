@@ -144,7 +144,7 @@ def test_statistics_are_those_of_the_returned_chains(
 
 @each_backend
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_statistics_of_two_limbs(backend: str, precision: str) -> None:
+def test_statistics_of_two_digits(backend: str, precision: str) -> None:
     v, W, b, c = binary(64, 50), normal(50, 40, scale=0.2), normal(50), normal(40)
     step = rk.cd_step(v, W, b, c, 1, seed=6, backend=backend, precision=precision)
     for got, want in zip(step[:3], gradients(v, step.chains, W, b, c), strict=True):

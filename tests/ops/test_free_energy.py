@@ -239,7 +239,7 @@ def test_gaussian_free_energy_is_a_density() -> None:
 
 @each_backend
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_two_limbs_stay_within_their_bound(backend: str, precision: str) -> None:
+def test_two_digits_stay_within_their_bound(backend: str, precision: str) -> None:
     v, W, b, c = binary(64, 200), normal(200, 40, scale=0.2), normal(200), normal(40)
     F = rk.free_energy(v, W, b, c, backend=backend, precision=precision)
     exact = naive(v.double(), W.double(), b.double(), c.double())

@@ -9,10 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import register_pytree_node, tree_map
 
 import rbm_kernels as rk
 from rbm_kernels import backends
+from rbm_kernels.units import KINDS
+
+# So that tree_map finds the parameters of a model's units.
+for _kind in KINDS.values():
+    register_pytree_node(
+        _kind,
+        lambda units: ([parameter for _, parameter in units.parameters()], type(units)),
+        lambda parameters, kind: kind(*parameters),
+    )
 
 
 def unavailable(backend: str) -> str | None:

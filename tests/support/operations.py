@@ -87,10 +87,10 @@ def assert_agree(
             assert same(x, y.cpu()), f"{backend} {size} {kind} {precision}: results {place} differ"
 
 
-def integers(W: Tensor, limbs: int) -> Tensor:
+def integers(W: Tensor, digits: int) -> Tensor:
     """Fixed point of W by its definition: the finest power of two that leaves room, int64."""
     largest = W.abs().max().double()
-    most = {2: 127 * 257, 3: 127 * 65793}[limbs]
+    most = {2: 127 * 257, 3: 127 * 65793}[digits]
     if largest == 0:
         return torch.zeros_like(W, dtype=torch.int64)
     for exponent in range(-120, 128):
@@ -100,9 +100,9 @@ def integers(W: Tensor, limbs: int) -> Tensor:
     raise AssertionError("no scale fits")
 
 
-def worst_case(limbs: int, n: int) -> Tensor:
+def worst_case(digits: int, n: int) -> Tensor:
     """All weights at the largest integer of the fixed point, where accumulators overflow first."""
-    return torch.full((n, 3), float({2: 127 * 257, 3: 127 * 65793}[limbs]))
+    return torch.full((n, 3), float({2: 127 * 257, 3: 127 * 65793}[digits]))
 
 
 def digest() -> str:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-# free_energies.py and not free_energy.py: importing a submodule sets its name in this package, and
-# must not hide the function.
+from rbm_kernels.units import Bernoulli, Gaussian
+
+UNITS = (Bernoulli, Gaussian)
 _OPERATIONS = {
-    "sample_hidden": "sample",
-    "sample_visible": "sample",
+    "sample_layer": "sample",
     "gibbs_sample": "gibbs",
-    "free_energy": "free_energies",
+    "free_energies": "free_energy",
     "cd_step": "cd",
 }
 

@@ -166,15 +166,15 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def scale_of(largest_bits, LIMBS: tl.constexpr):
-    """The power of two that makes the largest magnitude just fit in LIMBS signed digits.
+def scale_of(largest_bits, DIGITS: tl.constexpr):
+    """The power of two that makes the largest magnitude just fit in DIGITS signed digits.
 
     largest_bits: int32, magnitude_bits of the largest. 1 for 0; NaN for infinity and NaN, so that
     they spoil everything computed from the integers and cannot pass unseen.
     """
     largest = largest_bits.to(tl.float32, bitcast=True)
-    exponent = tl.maximum((largest_bits >> 23) - (126 + 8 * LIMBS - 1), -120)
-    most = LARGEST_OF_THREE if LIMBS == 3 else LARGEST_OF_TWO
+    exponent = tl.maximum((largest_bits >> 23) - (126 + 8 * DIGITS - 1), -120)
+    most = LARGEST_OF_THREE if DIGITS == 3 else LARGEST_OF_TWO
     too_large = integer_of(largest * power_of_two(-exponent)) > most
     scale = power_of_two(exponent + too_large.to(tl.int32))
     scale = tl.where(largest_bits == 0, 1.0, scale)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rbm_kernels.backends import reference
+from rbm_kernels.arguments import Draw, Model
 from rbm_kernels.backends.triton import tuning
 from rbm_kernels.backends.triton.arithmetic import (
     INTERPRETED,
@@ -25,15 +25,15 @@ from rbm_kernels.backends.triton.arithmetic import (
     sigmoid,
     split_digit,
 )
-from rbm_kernels.backends.triton.free_energies import energies_from, store_softplus, tiles_of
+from rbm_kernels.backends.triton.free_energy import energies_from, store_softplus, tiles_of
 from rbm_kernels.backends.triton.gibbs import advance
 from rbm_kernels.backends.triton.operands import (
     States,
     Weights,
     check_units,
-    digits_of,
     operation,
     padded,
+    planes_of,
     quantise,
 )
 from rbm_kernels.backends.triton.product import integer_sums, preactivation
@@ -50,12 +50,12 @@ def _statistics_kernel(
     n_rows, n_units, n_padded, first_column,
     fixed, fixed_stride, fixed_plane, fixed_sums, sums_stride, softplus_sums, not_a_number,
     seed, chain_offset, drawn, drawn_stride,
-    LIMBS: tl.constexpr,
+    DIGITS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """p(h|v) of one phase as what the gradient and the free energy need of it.
 
-    fixed: int8 [LIMBS, H padded, batch padded], digits of -p from column first_column on;
+    fixed: int8 [DIGITS, H padded, batch padded], digits of -p from column first_column on;
     fixed_sums: float64 [row tiles, H padded], sums of p; softplus_sums: float64 [column tiles, B];
     not_a_number: int32, raised to 1 where p is NaN; drawn: hidden states of half-sweep 0, or None.
     """
@@ -65,7 +65,7 @@ def _statistics_kernel(
     x = preactivation(
         states, state_stride, state_plane, row_scale, real,
         weights, weight_stride, weight_plane, weight_scale, bias, None, 1.0,
-        rows, units, n_rows, n_units, n_padded, LIMBS, BLOCK_B, BLOCK_N, BLOCK_K,
+        rows, units, n_rows, n_units, n_padded, DIGITS, BLOCK_B, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     inside = (rows < n_rows)[:, None] & (units < n_units)[None, :]
     store_softplus(x, inside, rows, tile, n_rows, softplus_sums)
@@ -77,18 +77,18 @@ def _statistics_kernel(
     undefined = inside & (p != p)
     if tl.max(undefined.to(tl.int32)) != 0:
         tl.atomic_max(not_a_number, 1, sem="relaxed")
-    q = -integer_of(p * (8388608.0 if LIMBS == 3 else 32768.0))
+    q = -integer_of(p * (8388608.0 if DIGITS == 3 else 32768.0))
     q = tl.where(inside & (p == p), q, 0)
     sums_at = tl.program_id(0).to(tl.int64) * sums_stride + units
     tl.store(fixed_sums + sums_at, -tl.sum(q, axis=0).to(tl.float64))
     at = units[:, None].to(tl.int64) * fixed_stride + (first_column + rows)[None, :]
-    for limb in tl.static_range(LIMBS):
+    for i in tl.static_range(DIGITS):
         digit, q = split_digit(q)
-        tl.store(fixed + limb * fixed_plane.to(tl.int64) + at, digit.T)
+        tl.store(fixed + i * fixed_plane.to(tl.int64) + at, digit.T)
 
 
 @triton.jit
-def _shared_scale(seen, LIMBS: tl.constexpr):
+def _shared_scale(seen, DIGITS: tl.constexpr):
     """Whether any state of either phase is real, and the scale of both; a binary phase counts 1."""
     data_real = tl.load(seen + 1)
     chain_real = tl.load(seen + 5)
@@ -97,7 +97,7 @@ def _shared_scale(seen, LIMBS: tl.constexpr):
         tl.where(chain_real != 0, tl.load(seen + 4), 0x3F800000),
     )
     real = (data_real | chain_real) != 0
-    return real, tl.where(real, scale_of(largest, LIMBS), 1.0)
+    return real, tl.where(real, scale_of(largest, DIGITS), 1.0)
 
 
 @triton.jit(
@@ -106,8 +106,8 @@ def _shared_scale(seen, LIMBS: tl.constexpr):
 )
 def _transpose_kernel(
     given, row_stride, col_stride, n_rows, n_units, seen, first_column,
-    digits, stride, plane, sums, sums_stride,
-    NEGATE: tl.constexpr, LIMBS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr,
+    planes, stride, plane, sums, sums_stride,
+    NEGATE: tl.constexpr, DIGITS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """States [B, V] as digits [planes, V padded, batch padded], and their sums over each tile.
 
@@ -123,15 +123,15 @@ def _transpose_kernel(
     at = units[:, None].to(tl.int64) * stride + (first_column + rows)[None, :]
     sign: tl.constexpr = -1.0 if NEGATE else 1.0
     if seen is None:
-        tl.store(digits + at, (sign * v).to(tl.int8).T)
+        tl.store(planes + at, (sign * v).to(tl.int8).T)
     else:
-        real, scale = _shared_scale(seen, LIMBS)
+        real, scale = _shared_scale(seen, DIGITS)
         digit, q = split_digit(fixed_point(sign * v, scale))
-        tl.store(digits + at, digit.T)
+        tl.store(planes + at, digit.T)
         if real:
-            for limb in tl.static_range(1, LIMBS):
+            for i in tl.static_range(1, DIGITS):
                 digit, q = split_digit(q)
-                tl.store(digits + limb * plane.to(tl.int64) + at, digit.T)
+                tl.store(planes + i * plane.to(tl.int64) + at, digit.T)
 
 
 @triton.jit(
@@ -140,26 +140,26 @@ def _transpose_kernel(
 def _gradient_kernel(
     v, p, stride, v_plane, p_plane, n_data, n_batch, weight_data, weight_chain, unit,
     seen, not_a_number, n_visible, n_hidden, grad,
-    LIMBS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DIGITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad [V, H] from the digits of both layers, [planes, units padded, stride]."""
     visible = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     hidden = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     v_offsets = visible.to(tl.int64) * stride
     p_offsets = hidden.to(tl.int64) * stride
-    v_limbs = 1
+    v_digits = 1
     scale = 1.0
     if seen is not None:
-        real, scale = _shared_scale(seen, LIMBS)
-        v_limbs = tl.where(real, LIMBS, 1)
+        real, scale = _shared_scale(seen, DIGITS)
+        v_digits = tl.where(real, DIGITS, 1)
     # The two sums are combined in float64, as the contract has it.
     data = integer_sums(
-        v, v_plane, v_offsets, v_limbs, p, p_plane, p_offsets, LIMBS, 0, n_data,
+        v, v_plane, v_offsets, v_digits, p, p_plane, p_offsets, DIGITS, 0, n_data,
         BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     weighted = data.to(tl.float64) * weight_data.to(tl.float64)
     chain = integer_sums(
-        v, v_plane, v_offsets, v_limbs, p, p_plane, p_offsets, LIMBS, n_data, n_batch,
+        v, v_plane, v_offsets, v_digits, p, p_plane, p_offsets, DIGITS, n_data, n_batch,
         BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     total = chain.to(tl.float64) * weight_chain.to(tl.float64) + weighted
@@ -213,28 +213,22 @@ def _mean_kernel(data, n_data, chain, n_chain, means, BLOCK: tl.constexpr):
 
 @operation
 def cd_step(
+    op: str,
     v: Tensor,
-    W: Tensor,
-    b: Tensor,
-    c: Tensor,
+    model: Model,
     k: int,
     chains: Tensor | None,
-    log_var: Tensor | None,
-    out: tuple[Tensor, ...] | None,
+    draw: Draw,
+    averages: tuple[Tensor, Tensor, Tensor],
     accumulate: bool,
-    seed: Tensor,
-    chain_offset: int,
-    limbs: int,
-    op: str = "cd_step",
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    W, b, c, units = model
     check_units(op, *W.shape)
-    device = v.device
+    device, digits = v.device, draw.digits
     n_visible, n_hidden = W.shape
-    start = v if chains is None else chains
-    n_data, n_chain = v.shape[0], start.shape[0]
-    gaussian = log_var is not None
-    maybe_real = gaussian or v.dtype != torch.bool
-    weights = quantise(W, limbs, hidden=True, visible=True)
+    n_data, n_chain = v.shape[0], (v if chains is None else chains).shape[0]
+    maybe_real = units.continuous or v.dtype != torch.bool
+    weights = quantise(W, digits, hidden=True, visible=True)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -244,44 +238,47 @@ def cd_step(
     notes = torch.zeros((3, 4), dtype=torch.int32, device=device)
     not_a_number = notes[2]
     data_columns, chain_columns = padded(n_data), padded(n_chain)
-    fixed = empty(limbs, padded(n_hidden), data_columns + chain_columns, dtype=torch.int8)
-    data_digits = digits_of(v, limbs, log_var, notes[0])
+    fixed = empty(digits, padded(n_hidden), data_columns + chain_columns, dtype=torch.int8)
+    data_planes = planes_of(v, digits, units, notes[0])
     if chains is None:
         hidden = empty(n_chain, padded(n_hidden), dtype=torch.int8)
         visible = None
     else:
         hidden = None
-        visible = digits_of(chains, limbs, log_var)
+        visible = planes_of(chains, digits, units)
     data_softplus, data_sums = _statistics(
-        data_digits, weights, c, 0, fixed, not_a_number, seed, chain_offset, hidden
+        data_planes, weights, c, 0, fixed, not_a_number, draw, hidden
     )
-    if gaussian:
+    if units.continuous:
         last = empty(n_chain, n_visible, dtype=torch.float32)
     else:
         buffer = empty(n_chain, padded(n_visible), dtype=torch.int8)
         last = buffer[:, :n_visible]
-    advance(visible, weights, b, c, k, log_var, 1.0, seed, chain_offset, last, hidden)
-    chain_digits = digits_of(last, limbs, log_var, notes[1]) if gaussian else States(buffer[None])
+    advance(visible, weights, model, k, draw, last, hidden)
+    if units.continuous:
+        chain_planes = planes_of(last, digits, units, notes[1])
+    else:
+        chain_planes = States(buffer[None])
     chain_softplus, chain_sums = _statistics(
-        chain_digits, weights, c, data_columns, fixed, not_a_number, seed, chain_offset, None
+        chain_planes, weights, c, data_columns, fixed, not_a_number, draw, None
     )
-    grad_W, grad_b, grad_c = _gradients(
-        v, last, fixed, data_sums, chain_sums, notes if maybe_real else None, not_a_number,
-        n_hidden, limbs,
+    # The kernels write rows side by side, and more than once while tiles are timed.
+    direct = not accumulate and averages[0].is_contiguous()
+    targets = averages if direct else tuple(torch.empty_like(x).contiguous() for x in averages)
+    _averages(
+        targets, v, last, fixed, data_sums, chain_sums, notes if maybe_real else None,
+        not_a_number, digits,
     )  # fmt: skip
+    if not direct:
+        for buffer, average in zip(averages, targets, strict=True):
+            buffer.add_(average) if accumulate else buffer.copy_(average)
     energies = empty(2, dtype=torch.float32)
     _mean_kernel[(2,)](
-        energies_from(v, b, log_var, 1.0, data_softplus), n_data,
-        energies_from(last, b, log_var, 1.0, chain_softplus), n_chain,
+        energies_from(v, b, units, 1.0, data_softplus), n_data,
+        energies_from(last, b, units, 1.0, chain_softplus), n_chain,
         energies, BLOCK=1024, enable_fp_fusion=False,
     )  # fmt: skip
-    grads: tuple[Tensor, Tensor, Tensor, Tensor | None] = (grad_W, grad_b, grad_c, None)
-    if gaussian or out is not None or W.dtype != torch.float32:
-        grads = reference.finish_gradients(
-            grad_W, grad_b, grad_c, v, last, W, b, log_var, out, accumulate
-        )
-    dtype = W.dtype if chains is None else chains.dtype
-    return (*grads, last.to(dtype), energies)
+    return last, energies
 
 
 def _statistics(
@@ -291,14 +288,13 @@ def _statistics(
     first_column: int,
     fixed: Tensor,
     not_a_number: Tensor,
-    seed: Tensor,
-    chain_offset: int,
+    draw: Draw,
     drawn: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Fills one phase's columns of `fixed`; sums of softplus [tiles, B] and of p [tiles, H]."""
     assert weights.hidden is not None
-    n_rows, n_hidden = given.digits.shape[1], c.shape[0]
-    limbs, h_padded, n_padded = weights.hidden.shape
+    n_rows, n_hidden = given.planes.shape[1], c.shape[0]
+    digits, h_padded, n_padded = weights.hidden.shape
     device = c.device
     columns = padded(n_rows)
     softplus_sums = torch.empty((tiles_of(n_hidden), n_rows), dtype=torch.float64, device=device)
@@ -310,13 +306,13 @@ def _statistics(
         _statistics_kernel,
         lambda tile: (columns // tile["BLOCK_B"], softplus_sums.shape[0]),
         (
-            given.digits, *row_strides(given.digits), given.scale, given.real,
+            given.planes, *row_strides(given.planes), given.scale, given.real,
             weights.hidden, *row_strides(weights.hidden), weights.scale, c.contiguous(),
             n_rows, n_hidden, n_padded, first_column,
             fixed, *row_strides(fixed), sums, h_padded, softplus_sums, not_a_number,
-            seed, int32(chain_offset), drawn, h_padded,
+            draw.seed, int32(draw.chain_offset), drawn, h_padded,
         ),
-        {"LIMBS": limbs},
+        {"DIGITS": digits},
         tuning.PRODUCT,
         n_rows,
         (n_hidden, n_padded, given.real is None, drawn is None),
@@ -324,7 +320,8 @@ def _statistics(
     return softplus_sums, sums[: columns // config.kwargs["BLOCK_B"]]
 
 
-def _gradients(
+def _averages(
+    averages: tuple[Tensor, ...],
     data: Tensor,
     chain: Tensor,
     fixed: Tensor,
@@ -332,24 +329,19 @@ def _gradients(
     chain_sums: Tensor,
     seen: Tensor | None,
     not_a_number: Tensor,
-    n_hidden: int,
-    limbs: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 differences of <v p>, <v> and <p>, each phase divided by its own count."""
+    digits: int,
+) -> None:
+    """Fills float32 differences of <v p>, <v> and <p>, each phase divided by its own count."""
+    grad_W, grad_b, grad_c = averages
     device = data.device
-    n_visible = data.shape[1]
+    n_visible, n_hidden = grad_W.shape
     n_data, n_chain = data.shape[0], chain.shape[0]
     common = math.lcm(n_data, n_chain)
     weight_data, weight_chain = common // n_data, common // n_chain
-    unit = 2.0 ** (-23 if limbs == 3 else -15) / common
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    grad_W, grad_b, grad_c = empty(n_visible, n_hidden), empty(n_visible), empty(n_hidden)
+    unit = 2.0 ** (-23 if digits == 3 else -15) / common
     _, h_padded, columns = fixed.shape
     v_padded = padded(n_visible)
-    planes = 1 if seen is None else limbs
+    planes = 1 if seen is None else digits
     transposed = torch.empty((planes, v_padded, columns), dtype=torch.int8, device=device)
     block = 128 if INTERPRETED.value else 64
     visible_sums = []
@@ -362,7 +354,7 @@ def _gradients(
             _transpose_kernel[(tiles, v_padded // block)](
                 states, *states.stride(), n_rows, n_visible, seen, padded(n_data) * negate,
                 transposed, *row_strides(transposed), sums, v_padded,
-                NEGATE=negate, LIMBS=limbs, BLOCK_B=block, BLOCK_V=block, enable_fp_fusion=False,
+                NEGATE=negate, DIGITS=digits, BLOCK_B=block, BLOCK_V=block, enable_fp_fusion=False,
             )  # fmt: skip
         visible_sums.append(sums)
     if grad_W.numel():
@@ -376,7 +368,7 @@ def _gradients(
                 padded(n_data), columns, weight_data, weight_chain, unit, seen, not_a_number,
                 n_visible, n_hidden, grad_W,
             ),
-            {"LIMBS": limbs},
+            {"DIGITS": digits},
             tuning.GRADIENT,
             columns,
             (n_visible, n_hidden, seen is None),
@@ -391,4 +383,3 @@ def _gradients(
                 weight_data, weight_chain, grad.shape[0], common, unit, not_a_number, grad,
                 HIDDEN=is_hidden, BLOCK=128, enable_fp_fusion=False,
             )  # fmt: skip
-    return grad_W, grad_b, grad_c

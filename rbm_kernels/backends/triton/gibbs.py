@@ -5,28 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rbm_kernels.arguments import Draw, Model
 from rbm_kernels.backends.triton.operands import (
     States,
     Weights,
     check_units,
-    digits_of,
     operation,
     padded,
+    planes_of,
     quantise,
 )
-from rbm_kernels.backends.triton.sample import Beta, as_bytes, half_sweep
+from rbm_kernels.backends.triton.sample import as_bytes, half_sweep
 
 
 def advance(
     visible: States | None,
     weights: Weights,
-    b: Tensor,
-    c: Tensor,
+    model: Model,
     k: int,
-    log_var: Tensor | None,
-    beta: Beta,
-    seed: Tensor,
-    chain_offset: int,
+    draw: Draw,
     last: Tensor,
     hidden: Tensor | None = None,
     mask: Tensor | None = None,
@@ -41,13 +38,13 @@ def advance(
         mask: bool [B, V] or [V], the units to keep at `held`, float32 [B, V].
     """
     n_rows = last.shape[0]
-    n_visible, n_hidden = b.shape[0], c.shape[0]
+    W, b, c, units = model
+    n_visible, n_hidden = W.shape
     assert weights.hidden is not None and weights.visible is not None
-    limbs = weights.hidden.shape[0]
-    real = log_var is not None or mask is not None
+    real = units.continuous or mask is not None
 
     def bytes_of(units: int) -> Tensor:
-        return torch.empty((n_rows, padded(units)), dtype=torch.int8, device=b.device)
+        return torch.empty((n_rows, padded(units)), dtype=torch.int8, device=W.device)
 
     if hidden is None:
         hidden = bytes_of(n_hidden)
@@ -55,48 +52,46 @@ def advance(
     for sweep in range(k):
         if visible is not None:
             half_sweep(
-                visible, weights.hidden, weights.scale, c, beta, seed, 2 * sweep, chain_offset,
-                hidden[:, :n_hidden],
+                visible, weights.hidden, weights.scale, c, draw, 2 * sweep, hidden[:, :n_hidden]
             )  # fmt: skip
         target = last
         if between is not None and sweep < k - 1:
             target = between[:, :n_visible]
         half_sweep(
-            States(hidden[None]), weights.visible, weights.scale, b, beta, seed, 2 * sweep + 1,
-            chain_offset, target, log_var, mask=mask, held=held,
+            States(hidden[None]), weights.visible, weights.scale, b, draw, 2 * sweep + 1, target,
+            units, mask=mask, held=held,
         )  # fmt: skip
         if sweep < k - 1:
-            visible = digits_of(last, limbs, log_var) if between is None else States(between[None])
+            if between is None:
+                visible = planes_of(last, draw.digits, units)
+            else:
+                visible = States(between[None])
 
 
 @operation
 def gibbs_sample(
+    op: str,
     v: Tensor,
-    W: Tensor,
-    b: Tensor,
-    c: Tensor,
+    model: Model,
     k: int,
-    log_var: Tensor | None,
-    beta: Beta,
+    draw: Draw,
     mask: Tensor | None,
     values: Tensor | None,
-    seed: Tensor,
-    chain_offset: int,
     out_dtype: torch.dtype,
-    limbs: int,
 ) -> Tensor:
-    check_units("gibbs_sample", *W.shape)
+    W, _, _, units = model
+    check_units(op, *W.shape)
     held = None
     if mask is not None:
         mask = mask.contiguous()
         held = v.float().contiguous()
         if values is not None:
             held = v = torch.where(mask, values.float(), held)
-    real = log_var is not None or mask is not None
+    real = units.continuous or mask is not None
     dtype = torch.float32 if real or out_dtype.itemsize != 1 else out_dtype
     states = torch.empty(v.shape, dtype=dtype, device=v.device)
     advance(
-        digits_of(v, limbs, log_var), quantise(W, limbs, hidden=True, visible=True), b, c, k,
-        log_var, beta, seed, chain_offset, as_bytes(states), mask=mask, held=held,
+        planes_of(v, draw.digits, units), quantise(W, draw.digits, hidden=True, visible=True),
+        model, k, draw, as_bytes(states), mask=mask, held=held,
     )  # fmt: skip
-    return states.to(out_dtype)
+    return states

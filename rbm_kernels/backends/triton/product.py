@@ -33,7 +33,7 @@ def binary_sums(
     weight_plane,
     weight_offsets,
     n_padded,
-    LIMBS: tl.constexpr,
+    DIGITS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -44,17 +44,17 @@ def binary_sums(
     """
     low = tl.zeros((BLOCK_B, BLOCK_N), tl.int32)
     middle = tl.zeros((BLOCK_B, BLOCK_N), tl.int32)
-    if LIMBS == 3:
+    if DIGITS == 3:
         high = tl.zeros((BLOCK_B, BLOCK_N), tl.int32)
     for k in range(0, n_padded, BLOCK_K):
         on = load_rows(states, state_offsets, k, BLOCK_K)
         low = tl.dot(on, load_rows(weights, weight_offsets, k, BLOCK_K).T, low, out_dtype=tl.int32)
-        digits = load_rows(weights + weight_plane, weight_offsets, k, BLOCK_K)
-        middle = tl.dot(on, digits.T, middle, out_dtype=tl.int32)
-        if LIMBS == 3:
-            digits = load_rows(weights + 2 * weight_plane.to(tl.int64), weight_offsets, k, BLOCK_K)
-            high = tl.dot(on, digits.T, high, out_dtype=tl.int32)
-    if LIMBS == 3:
+        plane = load_rows(weights + weight_plane, weight_offsets, k, BLOCK_K)
+        middle = tl.dot(on, plane.T, middle, out_dtype=tl.int32)
+        if DIGITS == 3:
+            plane = load_rows(weights + 2 * weight_plane.to(tl.int64), weight_offsets, k, BLOCK_K)
+            high = tl.dot(on, plane.T, high, out_dtype=tl.int32)
+    if DIGITS == 3:
         upper = high * 256 + middle
         total = (upper.to(tl.int64) * 256 + low).to(tl.float32)
     else:
@@ -67,11 +67,11 @@ def integer_sums(
     a,
     a_plane,
     a_offsets,
-    a_limbs,
+    a_digits,
     b,
     b_plane,
     b_offsets,
-    b_limbs,
+    b_digits,
     begin,
     end,
     BLOCK_M: tl.constexpr,
@@ -83,15 +83,15 @@ def integer_sums(
     One pair of digits after the other, so that a single int32 accumulator serves them all.
     """
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int64)
-    for i in range(a_limbs):
-        a_digits = a + tl.cast(i, tl.int64) * a_plane
-        for j in range(b_limbs):
-            b_digits = b + tl.cast(j, tl.int64) * b_plane
+    for i in range(a_digits):
+        a_planes = a + tl.cast(i, tl.int64) * a_plane
+        for j in range(b_digits):
+            b_planes = b + tl.cast(j, tl.int64) * b_plane
             for chunk in range(begin, end, _ROWS_OF_INT32):
                 partial = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
                 for k in range(chunk, tl.minimum(chunk + _ROWS_OF_INT32, end), BLOCK_K):
-                    left = load_rows(a_digits, a_offsets, k, BLOCK_K)
-                    right = load_rows(b_digits, b_offsets, k, BLOCK_K)
+                    left = load_rows(a_planes, a_offsets, k, BLOCK_K)
+                    right = load_rows(b_planes, b_offsets, k, BLOCK_K)
                     partial = tl.dot(left, right.T, partial, out_dtype=tl.int32)
                 total += partial.to(tl.int64) << (8 * (i + j))
     return total
@@ -116,7 +116,7 @@ def preactivation(
     n_rows,
     n_units,
     n_padded,
-    LIMBS: tl.constexpr,
+    DIGITS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -124,7 +124,7 @@ def preactivation(
     """``beta * (bias + states W)`` of a tile, float32 [BLOCK_B, BLOCK_N].
 
     states: int8 [planes, n_rows, state_stride]; row_scale: float32 [n_rows], real: int32 [n_rows],
-    or both None for states known to be binary; weights: int8 [LIMBS, units padded, weight_stride];
+    or both None for states known to be binary; weights: int8 [DIGITS, units padded, weight_stride];
     bias: [n_units]; betas: float32 [n_rows], or None and one beta for all; n_padded: padded units
     of the given layer, a multiple of BLOCK_K.
     """
@@ -135,7 +135,7 @@ def preactivation(
     if real is None:
         total = binary_sums(
             states, state_offsets, weights, weight_plane, weight_offsets, n_padded,
-            LIMBS, BLOCK_B, BLOCK_N, BLOCK_K,
+            DIGITS, BLOCK_B, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         scales = tl.full((BLOCK_B,), 1.0, tl.float32) * scale
     else:
@@ -144,12 +144,12 @@ def preactivation(
         if tl.max(tl.load(real + row), axis=0) == 0:
             total = binary_sums(
                 states, state_offsets, weights, weight_plane, weight_offsets, n_padded,
-                LIMBS, BLOCK_B, BLOCK_N, BLOCK_K,
+                DIGITS, BLOCK_B, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             sums = integer_sums(
-                states, state_plane, state_offsets, LIMBS, weights, weight_plane, weight_offsets,
-                LIMBS, 0, n_padded, BLOCK_B, BLOCK_N, BLOCK_K,
+                states, state_plane, state_offsets, DIGITS, weights, weight_plane, weight_offsets,
+                DIGITS, 0, n_padded, BLOCK_B, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             # By way of float64, as the contract has it for sums beyond 2^53.
             total = sums.to(tl.float64).to(tl.float32)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rbm_kernels.arguments import Draw, Layer
 from rbm_kernels.backends.triton import tuning
 from rbm_kernels.backends.triton.arithmetic import (
     exp_neg,
@@ -21,13 +22,15 @@ from rbm_kernels.backends.triton.arithmetic import (
 from rbm_kernels.backends.triton.operands import (
     States,
     check_units,
-    digits_of,
+    contiguous,
     operation,
+    planes_of,
     quantise,
 )
 from rbm_kernels.backends.triton.product import preactivation
+from rbm_kernels.units import Bernoulli, Gaussian, Units
 
-Beta = float | Tensor
+_BERNOULLI = Bernoulli()
 
 
 @triton.jit
@@ -60,12 +63,12 @@ def half_sweep_kernel(
     weights, weight_stride, weight_plane, weight_scale, bias, betas, beta,
     n_rows, n_units, n_padded, seed, step, chain_offset,
     log_var, mask, mask_row_stride, held, drawn, drawn_stride, means,
-    LIMBS: tl.constexpr,
+    DIGITS: tl.constexpr, GAUSSIAN: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Draws a layer [n_rows, n_units] from the digits of the other.
 
-    log_var: of drawn Gaussian units, None for Bernoulli ones. mask: bytes [n_rows or 1, n_units],
+    log_var: of drawn Gaussian units. mask: bytes [n_rows or 1, n_units],
     units to take from `held` [n_rows, n_units] instead, or None. drawn: states, of any dtype that
     holds them. means: float32 [n_rows, n_units], conditional means, or None.
     """
@@ -74,14 +77,13 @@ def half_sweep_kernel(
     units = first_unit + tl.arange(0, BLOCK_N)
     inside = (rows < n_rows)[:, None] & (units < n_units)[None, :]
     at = rows[:, None].to(tl.int64) * n_units + units[None, :]
-    gaussian: tl.constexpr = log_var is not None
     x = preactivation(
         states, state_stride, state_plane, row_scale, real,
         weights, weight_stride, weight_plane, weight_scale, bias,
-        None if gaussian else betas, 1.0 if gaussian else beta,
-        rows, units, n_rows, n_units, n_padded, LIMBS, BLOCK_B, BLOCK_N, BLOCK_K,
+        None if GAUSSIAN else betas, 1.0 if GAUSSIAN else beta,
+        rows, units, n_rows, n_units, n_padded, DIGITS, BLOCK_B, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    if gaussian:
+    if GAUSSIAN:
         noise = draw_normals(seed, step, chain_offset, rows, first_unit, BLOCK_B, BLOCK_N)
         width = exp_neg(-0.5 * tl.load(log_var + units, units < n_units, 0.0).to(tl.float32))
         if betas is None:
@@ -115,12 +117,10 @@ def half_sweep(
     weights: Tensor,
     scale: Tensor,
     bias: Tensor,
-    beta: Beta,
-    seed: Tensor,
+    draw: Draw,
     step: int,
-    chain_offset: int,
     drawn: Tensor,
-    log_var: Tensor | None = None,
+    units: Units = _BERNOULLI,
     means: Tensor | None = None,
     mask: Tensor | None = None,
     held: Tensor | None = None,
@@ -128,32 +128,32 @@ def half_sweep(
     """Fills `drawn` [B, units], int8 or float32 and perhaps with padded rows, from the other layer.
 
     Args:
-        weights: int8 [limbs, units padded, given padded].
-        seed: int64 [2], read on the device.
+        weights: int8 [digits, units padded, given padded].
+        units: The kind of the drawn units.
         mask: bool [B, units] or [units], contiguous, with `held` float32 [B, units].
     """
     n_rows, n_units = drawn.shape
     if not drawn.numel():
         return
-    betas = beta if isinstance(beta, Tensor) else None
-    log_var = None if log_var is None else log_var.contiguous()
-    limbs, _, n_padded = weights.shape
+    betas = draw.beta if isinstance(draw.beta, Tensor) else None
+    gaussian = isinstance(units, Gaussian)
+    digits, _, n_padded = weights.shape
     mask_stride = 0 if mask is None or mask.dim() == 1 else mask.stride(0)
     mask = None if mask is None else as_bytes(mask)
     tuning.launch(
         half_sweep_kernel,
         lambda tile: (triton.cdiv(n_rows, tile["BLOCK_B"]), triton.cdiv(n_units, tile["BLOCK_N"])),
         (
-            given.digits, *row_strides(given.digits), given.scale, given.real,
+            given.planes, *row_strides(given.planes), given.scale, given.real,
             weights, *row_strides(weights), scale, bias.contiguous(), betas,
-            1.0 if betas is not None else float(beta),
-            n_rows, n_units, n_padded, seed, step, int32(chain_offset),
-            log_var, mask, mask_stride, held, drawn, drawn.stride(0), means,
+            1.0 if isinstance(draw.beta, Tensor) else draw.beta,
+            n_rows, n_units, n_padded, draw.seed, step, int32(draw.chain_offset),
+            contiguous(units.log_var), mask, mask_stride, held, drawn, drawn.stride(0), means,
         ),
-        {"LIMBS": limbs},
+        {"DIGITS": digits, "GAUSSIAN": gaussian},
         tuning.PRODUCT,
         n_rows,
-        (n_units, n_padded, given.real is None, log_var is None, means is None, mask is None),
+        (n_units, n_padded, given.real is None, means is None, mask is None),
     )  # fmt: skip
 
 
@@ -167,72 +167,24 @@ def int32(value: int) -> int:
     return (value + 2**31) % 2**32 - 2**31
 
 
-def _sample(
-    given: States,
-    weights: Tensor | None,
-    scale: Tensor,
-    bias: Tensor,
-    W: Tensor,
-    log_var: Tensor | None,
-    beta: Beta,
-    return_probs: bool,
-    seed: Tensor,
-    chain_offset: int,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    assert weights is not None
-    shape = (given.digits.shape[1], bias.shape[0])
-    dtype = out_dtype if out_dtype.itemsize == 1 and log_var is None else torch.float32
-    states = torch.empty(shape, dtype=dtype, device=W.device)
-    means = torch.empty(shape, dtype=torch.float32, device=W.device) if return_probs else None
-    half_sweep(
-        given, weights, scale, bias, beta, seed, 0, chain_offset, as_bytes(states), log_var, means
-    )
-    probabilities = W.new_empty(0) if means is None else means.to(W.dtype)
-    return states.to(out_dtype), probabilities
-
-
 def as_bytes(states: Tensor) -> Tensor:
     return states.view(torch.int8) if states.dtype.itemsize == 1 else states
 
 
 @operation
-def sample_hidden(
-    v: Tensor,
-    W: Tensor,
-    c: Tensor,
-    log_var: Tensor | None,
-    beta: Beta,
-    return_probs: bool,
-    seed: Tensor,
-    chain_offset: int,
-    out_dtype: torch.dtype,
-    limbs: int,
-) -> tuple[Tensor, Tensor]:
-    check_units("sample_hidden", *W.shape)
-    weights = quantise(W, limbs, hidden=True)
-    return _sample(
-        digits_of(v, limbs, log_var), weights.hidden, weights.scale, c, W, None, beta,
-        return_probs, seed, chain_offset, out_dtype,
+def sample_layer(
+    op: str, given: Tensor, layer: Layer, draw: Draw, return_means: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    W, bias, given_units, units = layer
+    check_units(op, *W.shape)
+    weights = quantise(W, draw.digits, hidden=True)
+    assert weights.hidden is not None
+    shape = (given.shape[0], bias.shape[0])
+    dtype = torch.float32 if units.continuous or out_dtype.itemsize != 1 else out_dtype
+    states = torch.empty(shape, dtype=dtype, device=W.device)
+    means = torch.empty(shape, dtype=torch.float32, device=W.device) if return_means else None
+    half_sweep(
+        planes_of(given, draw.digits, given_units), weights.hidden, weights.scale, bias, draw, 0,
+        as_bytes(states), units, means,
     )  # fmt: skip
-
-
-@operation
-def sample_visible(
-    h: Tensor,
-    W: Tensor,
-    b: Tensor,
-    log_var: Tensor | None,
-    beta: Beta,
-    return_probs: bool,
-    seed: Tensor,
-    chain_offset: int,
-    out_dtype: torch.dtype,
-    limbs: int,
-) -> tuple[Tensor, Tensor]:
-    check_units("sample_visible", *W.shape)
-    weights = quantise(W, limbs, visible=True)
-    return _sample(
-        digits_of(h, limbs), weights.visible, weights.scale, b, W, log_var, beta, return_probs,
-        seed, chain_offset, out_dtype,
-    )  # fmt: skip
+    return states, means

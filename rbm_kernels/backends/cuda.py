@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from rbm_kernels import info
+from rbm_kernels.arguments import Beta, Draw, Layer, Model
 from rbm_kernels.arithmetic import MOST_UNITS
-from rbm_kernels.backends import reference
+from rbm_kernels.units import Bernoulli, Gaussian
 
-Beta = float | Tensor
+UNITS = (Bernoulli, Gaussian)
 
 _EMULATED = os.environ.get("RBM_KERNELS_CUDA_EMULATED") == "1"
 _module: ModuleType | None = None
@@ -82,12 +83,12 @@ def regime(
     n_visible: int,
     n_hidden: int,
     k: int,
-    limbs: int,
+    digits: int,
     device: torch.device,
     gaussian: bool = False,
 ) -> str:
     """How chains would be run: resident, cluster of n, tiled or tiled_sm90a."""
-    name: str = _built().regime(rows, n_visible, n_hidden, k, limbs, gaussian, device.index or 0)
+    name: str = _built().regime(rows, n_visible, n_hidden, k, digits, gaussian, device.index or 0)
     return name
 
 
@@ -138,6 +139,10 @@ def _vector(x: Tensor) -> Tensor:
     return x if x.dtype == _FLOAT32 and x.is_contiguous() else x.float().contiguous()
 
 
+def _optional(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _vector(x)
+
+
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
@@ -173,115 +178,53 @@ def _check_rows(op: str, name: str, states: Tensor) -> None:
         )
 
 
-def _sample(
-    op: str,
-    given_name: str,
-    given: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    given_log_var: Tensor | None,
-    drawn_log_var: Tensor | None,
-    beta: Beta,
-    return_probs: bool,
-    seed: Tensor,
-    chain_offset: int,
-    out_dtype: torch.dtype,
-    limbs: int,
-) -> tuple[Tensor, Tensor]:
-    _check_sizes(op, given, weight, given_name)
-    dtype, device = weight.dtype, weight.device
-    given, weight, bias = _states(given), _weight(weight), _vector(bias)
-    given_log_var = None if given_log_var is None else _vector(given_log_var)
-    drawn_log_var = None if drawn_log_var is None else _vector(drawn_log_var)
+def sample_layer(
+    op: str, given: Tensor, layer: Layer, draw: Draw, return_means: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    _check_sizes(op, given, layer.W, "v" if op == "sample_hidden" else "h")
+    device = layer.W.device
+    given, weight, bias = _states(given), _weight(layer.W), _vector(layer.bias)
+    given_log_var, drawn_log_var = _optional(layer.given.log_var), _optional(layer.drawn.log_var)
     shape = (given.shape[0], weight.shape[1])
-    kernel_dtype = _FLOAT32 if drawn_log_var is not None else _kernel_dtype(out_dtype)
+    kernel_dtype = _FLOAT32 if layer.drawn.continuous else _kernel_dtype(out_dtype)
     states = torch.empty(shape, dtype=kernel_dtype, device=device)
-    means = torch.empty(shape, dtype=_FLOAT32, device=device) if return_probs else None
+    means = torch.empty(shape, dtype=_FLOAT32, device=device) if return_means else None
     address, element, _, units, *strides = _weight_arguments(weight)
     status = _built().sample(
         given.data_ptr(), _ELEMENTS[given.dtype], *given.shape, given.stride(0),
         given.dtype == torch.bool, address, element, units, *strides, bias.data_ptr(),
-        _address(given_log_var), _address(drawn_log_var), *_beta(beta),
+        _address(given_log_var), _address(drawn_log_var), *_beta(draw.beta),
         states.data_ptr(), _ELEMENTS[kernel_dtype], _address(means),
-        seed.data_ptr(), chain_offset, limbs, *_place(device),
+        draw.seed.data_ptr(), draw.chain_offset, draw.digits, *_place(device),
     )  # fmt: skip
     _launched(op, status)
-    if kernel_dtype != out_dtype:
-        states = states.to(out_dtype)
-    if means is None:
-        return states, torch.empty(0, dtype=dtype, device=device)
-    return states, means.to(dtype)
-
-
-def sample_hidden(
-    v: Tensor,
-    W: Tensor,
-    c: Tensor,
-    log_var: Tensor | None,
-    beta: Beta,
-    return_probs: bool,
-    seed: Tensor,
-    chain_offset: int,
-    out_dtype: torch.dtype,
-    limbs: int,
-) -> tuple[Tensor, Tensor]:
-    arguments = (beta, return_probs, seed, chain_offset, out_dtype, limbs)
-    if 0 in v.shape or 0 in W.shape:
-        return reference.sample_hidden(v, W, c, log_var, *arguments)
-    return _sample("sample_hidden", "v", v, W, c, log_var, None, *arguments)
-
-
-def sample_visible(
-    h: Tensor,
-    W: Tensor,
-    b: Tensor,
-    log_var: Tensor | None,
-    beta: Beta,
-    return_probs: bool,
-    seed: Tensor,
-    chain_offset: int,
-    out_dtype: torch.dtype,
-    limbs: int,
-) -> tuple[Tensor, Tensor]:
-    arguments = (beta, return_probs, seed, chain_offset, out_dtype, limbs)
-    if 0 in h.shape or 0 in W.shape:
-        return reference.sample_visible(h, W, b, log_var, *arguments)
-    return _sample("sample_visible", "h", h, W.t(), b, None, log_var, *arguments)
+    return states, means
 
 
 def gibbs_sample(
+    op: str,
     v: Tensor,
-    W: Tensor,
-    b: Tensor,
-    c: Tensor,
+    model: Model,
     k: int,
-    log_var: Tensor | None,
-    beta: Beta,
+    draw: Draw,
     mask: Tensor | None,
     values: Tensor | None,
-    seed: Tensor,
-    chain_offset: int,
     out_dtype: torch.dtype,
-    limbs: int,
 ) -> Tensor:
-    if 0 in v.shape or 0 in W.shape:
-        return reference.gibbs_sample(
-            v, W, b, c, k, log_var, beta, mask, values, seed, chain_offset, out_dtype, limbs
-        )
-    _check_sizes("gibbs_sample", v, W, "v")
-    device = W.device
-    v, W, b, c = _states(v), _weight(W), _vector(b), _vector(c)
-    log_var = None if log_var is None else _vector(log_var)
+    _check_sizes(op, v, model.W, "v")
+    device = model.W.device
+    v, W, b, c = _states(v), _weight(model.W), _vector(model.b), _vector(model.c)
+    log_var = _optional(model.units.log_var)
     mask = None if mask is None else mask.contiguous()
     values = None if values is None or mask is None else _states(values)
     # Among clamped units real values may stand, which bytes would not hold.
-    exact = log_var is not None or mask is not None
+    exact = model.units.continuous or mask is not None
     kernel_dtype = _FLOAT32 if exact else _kernel_dtype(out_dtype)
     states = torch.empty(v.shape, dtype=kernel_dtype, device=device)
     status = _built().gibbs_sample(
         v.data_ptr(), _ELEMENTS[v.dtype], v.shape[0], v.stride(0), v.dtype == torch.bool,
-        *_weight_arguments(W), b.data_ptr(), c.data_ptr(), k, _address(log_var), *_beta(beta),
-        _address(mask), 0 if mask is None or mask.dim() == 1 else mask.stride(0),
+        *_weight_arguments(W), b.data_ptr(), c.data_ptr(), k, _address(log_var),
+        *_beta(draw.beta), _address(mask), 0 if mask is None or mask.dim() == 1 else mask.stride(0),
         *(
             _NO_STATES[1:]
             if values is None
@@ -291,88 +234,55 @@ def gibbs_sample(
             )
         ),
         states.data_ptr(), _ELEMENTS[kernel_dtype],
-        seed.data_ptr(), chain_offset, limbs, *_place(device),
+        draw.seed.data_ptr(), draw.chain_offset, draw.digits, *_place(device),
     )  # fmt: skip
-    _launched("gibbs_sample", status)
-    return states if kernel_dtype == out_dtype else states.to(out_dtype)
+    _launched(op, status)
+    return states
 
 
-def free_energy(
-    v: Tensor,
-    W: Tensor,
-    b: Tensor,
-    c: Tensor,
-    log_var: Tensor | None,
-    beta: Beta,
-    limbs: int,
-) -> Tensor:
-    if 0 in v.shape or 0 in W.shape:
-        return reference.free_energy(v, W, b, c, log_var, beta, limbs)
-    _check_sizes("free_energy", v, W, "v")
-    device = W.device
-    v, W, b, c = _states(v), _weight(W), _vector(b), _vector(c)
-    log_var = None if log_var is None else _vector(log_var)
+def free_energies(op: str, v: Tensor, model: Model, beta: Beta, digits: int) -> Tensor:
+    _check_sizes(op, v, model.W, "v")
+    device = model.W.device
+    v, W, b, c = _states(v), _weight(model.W), _vector(model.b), _vector(model.c)
+    log_var = _optional(model.units.log_var)
     energies = torch.empty(v.shape[0], dtype=_FLOAT32, device=device)
     status = _built().free_energy(
         v.data_ptr(), _ELEMENTS[v.dtype], v.shape[0], v.stride(0), v.dtype == torch.bool,
         *_weight_arguments(W), b.data_ptr(), c.data_ptr(), _address(log_var), *_beta(beta),
-        energies.data_ptr(), limbs, *_place(device),
+        energies.data_ptr(), digits, *_place(device),
     )  # fmt: skip
-    _launched("free_energy", status)
+    _launched(op, status)
     return energies
 
 
 def cd_step(
+    op: str,
     v: Tensor,
-    W: Tensor,
-    b: Tensor,
-    c: Tensor,
+    model: Model,
     k: int,
     chains: Tensor | None,
-    log_var: Tensor | None,
-    out: tuple[Tensor, ...] | None,
+    draw: Draw,
+    averages: tuple[Tensor, Tensor, Tensor],
     accumulate: bool,
-    seed: Tensor,
-    chain_offset: int,
-    limbs: int,
-    op: str = "cd_step",
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    if 0 in W.shape:
-        return reference.cd_step(
-            v, W, b, c, k, chains, log_var, out, accumulate, seed, chain_offset, limbs, op
-        )
-    _check_sizes(op, v, W, "v")
+) -> tuple[Tensor, Tensor]:
+    _check_sizes(op, v, model.W, "v")
     _check_rows(op, "v", v)
     if chains is not None:
-        _check_sizes(op, chains, W, "chains")
+        _check_sizes(op, chains, model.W, "chains")
         _check_rows(op, "chains", chains)
-    device = W.device
-    data, weight, bias, hidden_bias = _states(v), _weight(W), _vector(b), _vector(c)
+    device = model.W.device
+    data, W, b, c = _states(v), _weight(model.W), _vector(model.b), _vector(model.c)
     start = None if chains is None else _states(chains)
-    variance = None if log_var is None else _vector(log_var)
-    n_visible, n_hidden = weight.shape
-    state_dtype = W.dtype if chains is None else chains.dtype
-    kernel_dtype = _FLOAT32 if log_var is not None else _kernel_dtype(state_dtype)
+    log_var = _optional(model.units.log_var)
+    state_dtype = model.W.dtype if chains is None else chains.dtype
+    kernel_dtype = _FLOAT32 if model.units.continuous else _kernel_dtype(state_dtype)
     shape = (data if start is None else start).shape
     advanced = torch.empty(shape, dtype=kernel_dtype, device=device)
-    # The kernels write straight into the caller's buffers where they can.
-    direct = (
-        out is not None
-        and log_var is None
-        and out[0].dtype == out[1].dtype == out[2].dtype == _FLOAT32
-        and out[0].stride(1) == out[1].stride(0) == out[2].stride(0) == 1
-    )
-    if direct and out is not None:
-        grad_W, grad_b, grad_c = out
-    else:
-        grad_W = torch.empty(n_visible, n_hidden, dtype=_FLOAT32, device=device)
-        grad_b = torch.empty(n_visible, dtype=_FLOAT32, device=device)
-        grad_c = torch.empty(n_hidden, dtype=_FLOAT32, device=device)
     energies = torch.empty(2, dtype=_FLOAT32, device=device)
+    grad_W, grad_b, grad_c = averages
     status = _built().cd_step(
         data.data_ptr(), _ELEMENTS[data.dtype], data.shape[0], data.stride(0),
-        data.dtype == torch.bool, *_weight_arguments(weight),
-        bias.data_ptr(), hidden_bias.data_ptr(), k,
+        data.dtype == torch.bool, *_weight_arguments(W), b.data_ptr(), c.data_ptr(), k,
         *(
             _NO_STATES
             if start is None
@@ -381,16 +291,10 @@ def cd_step(
                 start.dtype == torch.bool,
             )
         ),
-        _address(variance), grad_W.data_ptr(), grad_W.stride(0), grad_b.data_ptr(),
-        grad_c.data_ptr(), direct and accumulate, advanced.data_ptr(), _ELEMENTS[kernel_dtype],
-        energies.data_ptr(), seed.data_ptr(), chain_offset, limbs, *_place(device),
+        _address(log_var), grad_W.data_ptr(), grad_W.stride(0), grad_b.data_ptr(),
+        grad_c.data_ptr(), accumulate, advanced.data_ptr(), _ELEMENTS[kernel_dtype],
+        energies.data_ptr(), draw.seed.data_ptr(), draw.chain_offset, draw.digits,
+        *_place(device),
     )  # fmt: skip
     _launched(op, status)
-    grads: tuple[Tensor, Tensor, Tensor, Tensor | None] = (grad_W, grad_b, grad_c, None)
-    if not direct and (log_var is not None or out is not None or W.dtype != _FLOAT32):
-        grads = reference.finish_gradients(
-            grad_W, grad_b, grad_c, data, advanced, W, b, log_var, out, accumulate
-        )
-    if kernel_dtype != state_dtype:
-        advanced = advanced.to(state_dtype)
-    return (*grads, advanced, energies)
+    return advanced, energies
