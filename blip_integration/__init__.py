@@ -26,10 +26,13 @@ _HOMES = {
     "beam_candidates": "captions",
     "choose_weight": "rerank",
     "fit_rbm": "fitting",
+    "fit_rbm_to_tokens": "fitting",
     "image_states": "captioner",
     "infer_image": "joint_rbm",
     "infer_words": "joint_rbm",
     "load_captioner": "captioner",
+    "open_image": "captioner",
+    "rbm_of": "modeling",
     "remove_rbm_from_blip": "modeling",
     "train_joint": "joint",
 }

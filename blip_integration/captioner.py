@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -89,7 +90,6 @@ def pixels_of(image: Image.Image, processor: BlipProcessor) -> Tensor:
     return pixels
 
 
-@torch.inference_mode()
 def image_states(
     model: BlipForConditionalGeneration,
     processor: BlipProcessor,
@@ -115,21 +115,42 @@ def image_states(
     Raises:
         ValueError: No images; or one that cannot be read, see ``open_image``.
     """
-    if not images:
-        raise ValueError("image_states: images must name one image file or more, got none")
-    load, states = image_loader(processor), torch.empty(0)
-    starts = range(0, len(images), batch_size)
-    for first in tqdm(starts, desc="features", unit="batch", disable=not progress):
-        pixels = torch.stack([load(path) for path in images[first : first + batch_size]])
-        batch = model.vision_model(pixels.to(model.device, model.dtype)).last_hidden_state
+    load = image_loader(processor)
+
+    class Pixels:
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, rows: slice) -> Tensor:
+            return torch.stack([load(path) for path in images[rows]])
+
+    return encode(model, Pixels(), file, batch_size=batch_size, progress=progress)
+
+
+@torch.inference_mode()
+def encode(
+    model: BlipForConditionalGeneration,
+    pixel_values: Any,
+    file: str | os.PathLike[str] | None = None,
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Tensor:
+    """``image_states`` of ``pixel_values``: N images, sliced as they are needed."""
+    n = len(pixel_values)
+    if n < 1:
+        raise ValueError("image_states: images must hold one image or more, got none")
+    states = torch.empty(0)
+    for first in tqdm(range(0, n, batch_size), "features", unit="batch", disable=not progress):
+        pixels = pixel_values[first : first + batch_size].to(model.device, model.dtype)
+        batch = model.vision_model(pixels).last_hidden_state
         if first == 0:
-            shape = (len(images), *batch.shape[1:])
+            shape = (n, *batch.shape[1:])
             if file is None:
                 states = torch.empty(shape, dtype=torch.float16)
             else:
-                size = math.prod(shape)
-                states = torch.from_file(os.fspath(file), True, size, dtype=torch.float16)
-                states = states.view(shape)
+                name, size = os.fspath(file), math.prod(shape)
+                states = torch.from_file(name, True, size, dtype=torch.float16).view(shape)
         states[first : first + len(batch)] = batch.to("cpu", torch.float16)
     return states
 

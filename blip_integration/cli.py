@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 # Commands of release 0.1 that belong to the study of the repository now.
 MOVED_COMMANDS = ("train", "evaluate", "compare", "demo")
+DEFAULT_STRENGTH = 0.2
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -144,11 +145,11 @@ def add_rbm(parser: Any) -> None:
     add = parser.add_argument
     add("--rbm", type=Path, metavar="FILE", help="an RBM of the command fit")
     add(
-        "--gate",
+        "--strength",
         type=float,
-        help="the RBM's share is its tanh (default: 0.5, or that of a model with an RBM)",
+        help="the RBM's share in the features, 0 to 1 "
+        f"(default: {DEFAULT_STRENGTH}, or that of a model with an RBM)",
     )
-    add("--cls", choices=("shared", "skip"), default="shared", help="skip leaves token CLS alone")
 
 
 def add_decoding(parser: Any) -> None:
@@ -193,6 +194,12 @@ def add_fit(commands: Any) -> None:
     add_model(parser)
     add("--out", type=Path, required=True, help="file to write, such as rbm.safetensors")
     add("--hidden", type=positive, default=1000, help="hidden units")
+    add(
+        "--cls-token",
+        choices=("shared", "skip", "apart"),
+        default="shared",
+        help="what happens to token CLS: as the others, left alone, or with an RBM of its own",
+    )
     add("--k", type=positive, default=1, help="Gibbs sweeps per update")
     add("--sigma", type=float, default=0.5, help="of the visible units; the features' is 1")
     add("--learn-sigma", action="store_true", help="learn one for each feature")
@@ -224,7 +231,8 @@ def add_caption(commands: Any) -> None:
 def fit(arguments: argparse.Namespace) -> int:
     """Run ``rbm-caption fit``."""
     from .captioner import image_states, load_captioner
-    from .fitting import Schedule, TokenStream, fit_rbm, save_fitted_rbm
+    from .fitting import Schedule, fit_rbm
+    from .modeling import rbm_of
 
     require_file_to_write("--out", arguments.out)
     schedule = Schedule(
@@ -236,7 +244,7 @@ def fit(arguments: argparse.Namespace) -> int:
     )
     images = image_files(arguments.images)
     model, processor = load_captioner(arguments.model, device_of(arguments.device))
-    if hasattr(model.vision_model, "rbm"):
+    if rbm_of(model) is not None:
         raise ValueError(f"fit: --model must have no RBM yet, got {arguments.model}")
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
@@ -246,33 +254,37 @@ def fit(arguments: argparse.Namespace) -> int:
         n_images, n_tokens, width = states.shape
         print(f"features: {n_images:,} x {n_tokens} x {width}, {seconds_since(started)}")
         started = time.perf_counter()
+        last: dict[str, float] = {}
         fitted = fit_rbm(
-            TokenStream(states),
+            model,
+            states,
             arguments.hidden,
             schedule,
+            cls_token=arguments.cls_token,
             sigma=arguments.sigma,
             learn_sigma=arguments.learn_sigma,
             k=arguments.k,
-            device=model.device,
+            on_epoch=last.update,
             progress=show_progress(),
         )
-    last = fitted.history[-1]
     print(
         f"RBM of {width} x {arguments.hidden} units, CD-{arguments.k}, {seconds_since(started)}: "
         f"misses {last['reconstruction_error']:.3f} of the variance of held-out features, "
         f"gap of free energies {last['free_energy_gap']:.2f} nats"
     )
-    save_fitted_rbm(fitted, arguments.out)
+    fitted.save(arguments.out)
     print(f"written: {arguments.out}")
     return 0
 
 
 def caption(arguments: argparse.Namespace) -> int:
     """Run ``rbm-caption caption``."""
+    from .modeling import rbm_of
+
     images = image_files(arguments.images)
     model, processor = open_captioner(arguments)
     for paths, pixels in image_batches(processor, images, arguments.batch):
-        if not hasattr(model.vision_model, "rbm"):
+        if rbm_of(model) is None:
             for path, text in zip(
                 paths, write_captions(model, processor, pixels, arguments), strict=True
             ):
@@ -290,23 +302,21 @@ def caption(arguments: argparse.Namespace) -> int:
 def open_captioner(
     arguments: argparse.Namespace,
 ) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
-    """The model that ``--model``, ``--rbm`` and ``--gate`` speak of."""
-    import torch
-
+    """The model that ``--model``, ``--rbm`` and ``--strength`` speak of."""
     from .captioner import load_captioner
-    from .fitting import load_fitted_rbm
-    from .modeling import apply_rbm_to_blip
+    from .gated_residual import GatedResidual
+    from .modeling import apply_rbm_to_blip, rbm_of
 
-    fitted = None if arguments.rbm is None else load_fitted_rbm(arguments.rbm)
+    fitted = None if arguments.rbm is None else GatedResidual.load(arguments.rbm)
     model, processor = load_captioner(arguments.model, device_of(arguments.device))
+    strength = arguments.strength
     if fitted is not None:
-        gate = 0.5 if arguments.gate is None else arguments.gate
-        apply_rbm_to_blip(model, *fitted, gate=gate, cls=arguments.cls)
-    elif arguments.gate is not None:
-        if not hasattr(model.vision_model, "rbm"):
-            raise ValueError("--gate needs --rbm, or a model that has an RBM")
-        with torch.no_grad():
-            model.vision_model.rbm.gate.fill_(arguments.gate)
+        apply_rbm_to_blip(model, fitted, DEFAULT_STRENGTH if strength is None else strength)
+    elif strength is not None:
+        residual = rbm_of(model)
+        if residual is None:
+            raise ValueError("--strength needs --rbm, or a model that has an RBM")
+        residual.set_strength(strength)
     return model, processor
 
 

@@ -1,18 +1,14 @@
-"""Fitting RBMs to vision features that are streamed from disk.
+"""Fitting RBMs to a captioner's vision features, which may be streamed from disk.
 
-Fit as ``fit_rbm`` does or with any of the controls of ``controls``, all on one
-``TokenStream``: the same rows in the same order, standardized by the same statistics::
+    fitted = fit_rbm(model, pixel_values, n_hidden=1000)
+    apply_rbm_to_blip(model, fitted, strength=0.2)
 
-    stream = TokenStream(states)  # [N, L, D] of a captioner's vision model
-    fitted = fit_rbm(stream, n_hidden=1000)
-    apply_rbm_to_blip(model, fitted.reconstructor, fitted.mean, fitted.scale)
+``fit_rbm_to_tokens`` does the work on a ``TokenStream``: standardized rows in a seeded order.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,13 +16,14 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import BlipForConditionalGeneration
 
 from rbm_kernels import RBM
 
-from .gated_residual import RBMReconstructor
+from .captioner import encode
+from .gated_residual import CLS_TOKENS, ClsToken, GatedResidual, RBMReconstructor
 
 MONITORED_ROWS = 2048
 """Rows of held-out and of training images that are looked at after every epoch."""
@@ -246,28 +243,89 @@ class Schedule:
 
 
 DEFAULT_SCHEDULE = Schedule()
-
-
-@dataclass
-class Fitted:
-    """A reconstructor and the statistics that standardize its input.
-
-    Attributes:
-        reconstructor: In evaluation mode, on the CPU unless a device was asked for.
-        mean: [D].
-        scale: [D].
-        history: For each epoch, the first being 0 before any update: "epoch",
-            "reconstruction_error" of held-out rows (mean square per feature; the mean of the
-            features misses about 1), "rows" and "seconds" so far, and what the fit itself reports.
-    """
-
-    reconstructor: Any
-    mean: Tensor
-    scale: Tensor
-    history: list[dict[str, float]]
+Report: TypeAlias = Callable[[dict[str, float]], None]
 
 
 def fit_rbm(
+    model: BlipForConditionalGeneration,
+    images_or_states: Any,
+    n_hidden: int = 1000,
+    schedule: Schedule = DEFAULT_SCHEDULE,
+    *,
+    cls_token: ClsToken = "shared",
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> GatedResidual:
+    """Fit an RBM to what a captioner's vision model says of images.
+
+    Args:
+        model: The captioner that the RBM is for; it is not changed.
+        images_or_states: Images as its processor makes ``pixel_values`` of them, [N, 3, S, S], or
+            the ``last_hidden_state`` of its vision model, [N, L, D]: a tensor, or whatever has
+            ``shape`` and gives slices of rows (see ``image_states`` for many image files).
+        n_hidden: Hidden units H.
+        schedule: How long and how fast.
+        cls_token: ``"shared"``: one RBM for all tokens. ``"skip"``: the CLS token is left alone.
+            ``"apart"``: it has an RBM, statistics and a gate of its own.
+        batch_size: Images that the vision model encodes at a time.
+        device: Where to compute; None takes the model's device.
+        progress: Show progress bars.
+        **options: Further keywords of ``fit_rbm_to_tokens``.
+
+    Returns:
+        The RBM with the statistics of the features, for ``apply_rbm_to_blip``; its strength is 0.
+
+    Raises:
+        ValueError: A wrong shape or value, or features that are not finite.
+
+    Example:
+        >>> fitted = fit_rbm(model, pixel_values, n_hidden=500)  # doctest: +SKIP
+        >>> apply_rbm_to_blip(model, fitted, strength=0.2)  # doctest: +SKIP
+    """
+    shape = tuple(images_or_states.shape)
+    width = model.config.vision_config.hidden_size
+    if len(shape) not in (3, 4) or (len(shape) == 3 and shape[-1] != width):
+        raise ValueError(
+            "fit_rbm: images_or_states must be pixel values [N, 3, S, S] or states [N, L, D] = "
+            f"[N, L, {width}], got {list(shape)}"
+        )
+    if cls_token not in CLS_TOKENS:
+        raise ValueError(f"fit_rbm: cls_token must be one of {CLS_TOKENS}, got {cls_token!r}")
+    states = images_or_states
+    if len(shape) == 4:
+        states = encode(model, images_or_states, batch_size=batch_size, progress=progress)
+    options |= {"device": model.device if device is None else device, "progress": progress}
+
+    def fit_to(tokens: Tokens) -> GatedResidual:
+        stream = TokenStream(states, tokens, seed=schedule.seed)
+        return fit_rbm_to_tokens(stream, n_hidden, schedule, **options)
+
+    if cls_token == "apart":
+        return residual_of(fit_to("patches"), fit_to("cls"))
+    fitted = fit_to("all" if cls_token == "shared" else "patches")
+    fitted.cls_token = cls_token
+    return fitted
+
+
+def residual_of(patches: GatedResidual, cls: GatedResidual) -> GatedResidual:
+    """One residual of two: one for the patches, and one for the CLS token.
+
+    Args:
+        patches: Fitted to the patches.
+        cls: Fitted to the CLS tokens.
+    """
+    return GatedResidual(
+        patches.reconstructor,
+        torch.stack([cls.mean, patches.mean]),
+        torch.stack([cls.scale, patches.scale]),
+        cls_token="apart",
+        cls_reconstructor=cls.reconstructor,
+    ).eval()
+
+
+def fit_rbm_to_tokens(
     stream: TokenStream,
     n_hidden: int,
     schedule: Schedule = DEFAULT_SCHEDULE,
@@ -279,8 +337,9 @@ def fit_rbm(
     device: torch.device | str = "cpu",
     backend: str | None = None,
     precision: str | None = None,
+    on_epoch: Report | None = None,
     progress: bool = False,
-) -> Fitted:
+) -> GatedResidual:
     """Fit a Gaussian-Bernoulli RBM to tokens by contrastive divergence (Hinton 2002).
 
     Args:
@@ -295,13 +354,14 @@ def fit_rbm(
         device: Where to compute.
         backend: As in ``rbm_kernels.cd_step``.
         precision: Likewise.
+        on_epoch: Called with the figures of ``train``, before the first epoch and after each, and
+            with "free_energy_gap": the mean free energy of held-out rows less that of rows of the
+            training images, in nats, which grows when the RBM overfits (Hinton 2010, section 6).
+            It is NaN where nothing is held out.
         progress: Show a progress bar.
 
     Returns:
-        An ``RBMReconstructor`` and its statistics. The history has, besides,
-        "free_energy_gap", the mean free energy of held-out rows less that of rows of the training
-        images, in nats: it grows when the RBM overfits (Hinton 2010, section 6). It is NaN where
-        nothing is held out.
+        The RBM with the statistics of the tokens, in evaluation mode, its strength 0.
 
     Raises:
         ValueError: A value out of range; or parameters that are not finite any more, since the
@@ -347,12 +407,12 @@ def fit_rbm(
         return {"free_energy_gap": (held_out.double().mean() - train.double().mean()).item()}
 
     reconstructor = RBMReconstructor(rbm)
-    history = train(
+    train(
         stream, reconstructor, optimizer, update, schedule,
-        report=report, device=device, progress=progress,
+        report=report, on_epoch=on_epoch, device=device, progress=progress,
     )  # fmt: skip
     rbm.zero_grad(set_to_none=True)
-    return Fitted(reconstructor.eval(), stream.mean, stream.scale, history)
+    return GatedResidual(reconstructor.cpu(), stream.mean, stream.scale).eval()
 
 
 def train(
@@ -363,9 +423,10 @@ def train(
     schedule: Schedule,
     *,
     report: Callable[[], dict[str, float]] = dict,
+    on_epoch: Report | None = None,
     device: torch.device | str = "cpu",
     progress: bool = False,
-) -> list[dict[str, float]]:
+) -> None:
     """Call ``update`` with every batch of a schedule, and look at held-out rows after each epoch.
 
     Args:
@@ -374,30 +435,23 @@ def train(
         optimizer: Its learning rates follow the schedule, times a group's "pace" where it has one.
         update: Changes the parameters, given rows [B, D].
         schedule: How long and how fast.
-        report: More to put into the history.
+        report: More figures for ``on_epoch``.
+        on_epoch: Called before the first epoch, as epoch 0, and after each with a dictionary:
+            "epoch"; "reconstruction_error" of held-out rows, the mean square per feature (the mean
+            of the features misses about 1); "rows" and "seconds" so far; and what ``report`` says.
         device: Where the rows go.
         progress: Show a progress bar.
-
-    Returns:
-        The history, see ``Fitted``.
     """
     updates = schedule.epochs * stream.batches(schedule.batch, schedule.tokens_per_image)
     held_out = stream.sample(MONITORED_ROWS, held_out=True).to(device)
-    history: list[dict[str, float]] = []
     done, rows_seen, start = 0, 0, time.monotonic()
 
     def look(epoch: int) -> None:
         seconds = time.monotonic() - start
         error = reconstruction_error(reconstructor, held_out)
-        history.append(
-            {
-                "epoch": epoch,
-                "reconstruction_error": error,
-                "rows": rows_seen,
-                "seconds": seconds,
-                **report(),
-            }
-        )
+        if on_epoch is not None:
+            figures = {"epoch": epoch, "reconstruction_error": error, "rows": rows_seen}
+            on_epoch({**figures, "seconds": seconds, **report()})
         bar.set_postfix(epoch=epoch, error=f"{error:.3f}")
 
     with tqdm(total=updates, disable=not progress, unit="batch") as bar:
@@ -414,40 +468,9 @@ def train(
                 done += 1
                 bar.update()
             look(epoch + 1)
-    return history
 
 
 @torch.no_grad()
 def reconstruction_error(reconstructor: nn.Module, rows: Tensor) -> float:
     """Mean square of what a reconstruction of standardized rows [N, D] misses; NaN without rows."""
     return (reconstructor(rows) - rows).square().mean().item()
-
-
-def save_fitted_rbm(fitted: Fitted, path: str | os.PathLike[str]) -> None:
-    """Write an RBM of ``fitting.fit_rbm`` as ``rbm_kernels.RBM.save`` does.
-
-    The mean and scale that standardize the features go into the file's header.
-    """
-    statistics = {"mean": fitted.mean, "scale": fitted.scale}
-    metadata = {name: json.dumps(values.tolist()) for name, values in statistics.items()}
-    fitted.reconstructor.rbm.save(path, metadata=metadata)
-
-
-def load_fitted_rbm(path: str | os.PathLike[str]) -> tuple[RBM, Tensor, Tensor]:
-    """An RBM with the mean [D] and scale [D] of its features.
-
-    Args:
-        path: Written by ``save_fitted_rbm``, or by ``rbm_kernels.RBM.save``: then the RBM
-            is of features as they are, of mean 0 and scale 1.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: No file of an RBM.
-    """
-    rbm = RBM.load(path)
-    with safe_open(os.fspath(path), framework="pt") as file:
-        header = file.metadata()
-    if "mean" not in header:
-        return rbm, torch.zeros(rbm.n_visible), torch.ones(rbm.n_visible)
-    mean, scale = (torch.tensor(json.loads(header[name])) for name in ("mean", "scale"))
-    return rbm, mean, scale

@@ -1,25 +1,38 @@
-"""What stands behind the gate of an adjustment: an RBM that reconstructs features.
+"""A fitted RBM as a captioner needs it: its reconstruction of features, and how much of it counts.
 
-A reconstructor maps standardized features [N, D] to [N, D]; ``GatedResidual`` mixes what it
-returns into a captioner's vision features. Everything here is plain PyTorch; the surgery on a
-transformers model is in ``modeling``, the fitting in ``fitting``.
+``RBMReconstructor`` maps standardized features [N, D] to their reconstruction. ``GatedResidual``
+holds one together with the features' mean and scale, mixes it into a captioner's vision features,
+and is kept in one file. Everything here is plain PyTorch; ``fitting`` makes such residuals, and
+``modeling`` puts them into a transformers model.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from typing import Literal, TypeAlias
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rbm_kernels import RBM, gibbs_sample, sample_hidden, sample_visible
+from rbm_kernels.files import write_atomically
 
 Mode: TypeAlias = Literal["mean_field", "gibbs"]
 ClsToken: TypeAlias = Literal["shared", "apart", "skip"]
 
 MODES = ("mean_field", "gibbs")
 CLS_TOKENS = ("shared", "apart", "skip")
+
+# A strength of 1 would be a gate of infinity; this is the largest below it in float32.
+_LARGEST_STRENGTH = 1 - 2**-24
+_FILE_KIND = "gated_residual"
 
 
 class RBMReconstructor(nn.Module):
@@ -130,29 +143,32 @@ class RBMReconstructor(nn.Module):
 
 
 class GatedResidual(nn.Module):
-    """``x' = x + tanh(gate) (reconstruct((x - mean) / scale) scale + mean - x)``.
+    """``x' = x + strength (reconstruct((x - mean) / scale) scale + mean - x)``.
 
-    With a gate of 0 the output is the input, to the last bit and in every dtype (the gate of
-    Alayrac et al., "Flamingo", NeurIPS 2022).
+    The strength is the tanh of a gate, which is what is trained. With a gate of 0 the output is the
+    input, to the last bit and in every dtype (the gate of Alayrac et al., "Flamingo", NeurIPS
+    2022).
 
     Args:
-        reconstructor: From [N, D] to [N, D], on standardized features.
-        mean: Mean of the features [D]; with ``cls="apart"`` [2, D], that of CLS first.
-        scale: Their standard deviations, likewise, all positive.
-        gate: To start from.
-        cls: What happens to token 0: ``"shared"`` treats it like the others, ``"skip"`` leaves it
-            alone, ``"apart"`` gives it a reconstructor, statistics and a gate of its own.
-        cls_reconstructor: That one; given exactly with ``cls="apart"``.
+        reconstructor: From [N, D] to [N, D], on standardized features: an ``RBMReconstructor``,
+            or whatever is compared with one.
+        mean: Mean of the features [D]; with ``cls_token="apart"`` [2, D], that of CLS first. None
+            stands for 0.
+        scale: Their standard deviations, likewise, all positive. None stands for 1.
+        strength: The reconstruction's share to start from, from -1 to 1.
+        cls_token: What happens to token 0: ``"shared"`` treats it like the others, ``"skip"``
+            leaves it alone, ``"apart"`` gives it a reconstructor, statistics and a gate of its own.
+        cls_reconstructor: That one; given exactly with ``cls_token="apart"``.
 
     Attributes:
-        gate: 0-dim parameter; with ``cls="apart"`` [2], that of CLS first.
+        gate: 0-dim parameter; with ``cls_token="apart"`` [2], that of CLS first.
 
     Raises:
+        TypeError: Statistics that are no floating-point tensors.
         ValueError: A wrong shape or value; the message names it.
 
     Example:
-        >>> reconstructor = RBMReconstructor(RBM(3, 2, "gaussian"))
-        >>> residual = GatedResidual(reconstructor, torch.zeros(3), torch.ones(3), gate=0.5)
+        >>> residual = GatedResidual(RBMReconstructor(RBM(3, 2, "gaussian")), strength=0.5)
         >>> residual(torch.ones(1, 2, 3)).shape
         torch.Size([1, 2, 3])
     """
@@ -163,23 +179,30 @@ class GatedResidual(nn.Module):
     def __init__(
         self,
         reconstructor: nn.Module,
-        mean: Tensor,
-        scale: Tensor,
-        gate: float = 0.0,
-        cls: ClsToken = "shared",
+        mean: Tensor | None = None,
+        scale: Tensor | None = None,
+        *,
+        strength: float = 0.0,
+        cls_token: ClsToken = "shared",
         cls_reconstructor: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if cls not in CLS_TOKENS:
-            raise ValueError(f"GatedResidual: cls must be one of {CLS_TOKENS}, got {cls!r}")
-        if (cls == "apart") != (cls_reconstructor is not None):
+        if cls_token not in CLS_TOKENS:
             raise ValueError(
-                "GatedResidual: cls_reconstructor must be given exactly with cls='apart', "
-                f"got {type(cls_reconstructor).__name__} with cls={cls!r}"
+                f"GatedResidual: cls_token must be one of {CLS_TOKENS}, got {cls_token!r}"
             )
-        if not math.isfinite(gate):
-            raise ValueError(f"GatedResidual: gate must be finite, got {gate}")
-        _check_statistics(mean, scale, cls)
+        apart = cls_token == "apart"
+        if apart != (cls_reconstructor is not None):
+            raise ValueError(
+                "GatedResidual: cls_reconstructor must be given exactly with cls_token='apart', "
+                f"got {type(cls_reconstructor).__name__} with cls_token={cls_token!r}"
+            )
+        if mean is None or scale is None:
+            width: Any = getattr(reconstructor, "n_visible", 0)
+            shape = (2, width) if apart else (width,)
+            mean = torch.zeros(shape) if mean is None else mean
+            scale = torch.ones(shape) if scale is None else scale
+        _check_statistics(mean, scale, cls_token)
         for name, module in (
             ("reconstructor", reconstructor), ("cls_reconstructor", cls_reconstructor),
         ):  # fmt: skip
@@ -191,15 +214,44 @@ class GatedResidual(nn.Module):
                 )
         self.reconstructor = reconstructor
         self.cls_reconstructor = cls_reconstructor
-        self.cls: ClsToken = cls
-        self.initial_gate = float(gate)
-        self.gate = nn.Parameter(torch.full((2,) if cls == "apart" else (), float(gate)))
+        self.cls_token: ClsToken = cls_token
+        self.gate = nn.Parameter(torch.zeros((2,) if apart else ()))
         self.register_buffer("mean", mean.detach().clone())
         self.register_buffer("scale", scale.detach().clone())
+        self.set_strength(strength)
+
+    @property
+    def n_visible(self) -> int:
+        """The width D of the features."""
+        return self.mean.shape[-1]
+
+    @property
+    def strength(self) -> float | tuple[float, float]:
+        """The share of the reconstruction; with ``cls_token="apart"`` that of CLS and the other."""
+        shares = self.gate.detach().float().tanh()
+        if shares.dim() == 0:
+            return shares.item()
+        of_cls, of_patches = shares.tolist()
+        return of_cls, of_patches
+
+    @torch.no_grad()
+    def set_strength(self, strength: float) -> None:
+        """Set the share of the reconstruction, for all tokens alike.
+
+        Args:
+            strength: From -1 to 1; 0 leaves every feature as it is.
+
+        Raises:
+            ValueError: Another value.
+        """
+        if not -1 <= strength <= 1:
+            raise ValueError(f"GatedResidual: strength must lie in [-1, 1], got {strength}")
+        self.initial_strength = float(strength)
+        self.gate.fill_(_gate_of(strength))
 
     def reset_parameters(self) -> None:
-        """Statistics of features that are standardized already, and the gate to start from."""
-        nn.init.constant_(self.gate, self.initial_gate)
+        """Statistics of features that are standardized already, and the strength to start from."""
+        nn.init.constant_(self.gate, _gate_of(self.initial_strength))
         nn.init.zeros_(self.mean)
         nn.init.ones_(self.scale)
 
@@ -207,10 +259,10 @@ class GatedResidual(nn.Module):
         """Vision features [B, L, D], token 0 being CLS, to adjusted ones of the same dtype."""
         if self._is_shut():
             return x
-        if self.cls == "shared":
+        if self.cls_token == "shared":
             return _adjust(x, self.reconstructor, self.mean, self.scale, self.gate)
         first, patches = x[:, :1], x[:, 1:]
-        if self.cls == "skip":
+        if self.cls_token == "skip":
             patches = _adjust(patches, self.reconstructor, self.mean, self.scale, self.gate)
         else:
             assert self.cls_reconstructor is not None
@@ -227,7 +279,66 @@ class GatedResidual(nn.Module):
         return not torch.compiler.is_compiling() and not bool(self.gate.any())
 
     def extra_repr(self) -> str:
-        return f"cls={self.cls!r}"
+        return f"cls_token={self.cls_token!r}"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file: RBM, statistics, gate and how they are used.
+
+        Args:
+            path: The file to write, by custom ending in ``.safetensors``.
+
+        Raises:
+            TypeError: The reconstructor is no ``RBMReconstructor``.
+        """
+        settings = RBMSettings.of(self)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        header = {"format": "pt", "kind": _FILE_KIND}
+        header |= {name: str(value) for name, value in asdict(settings).items()}
+        write_atomically(Path(path), lambda file: save_file(tensors, file, metadata=header))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GatedResidual:
+        """Read a file of ``save``, or one of ``rbm_kernels.RBM.save``.
+
+        The RBM of such a file is taken to be of features as they are, of mean 0 and scale 1, unless
+        ``rbm-caption fit`` of release 0.1 wrote their mean and scale beside it.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no file of an RBM with Gaussian visible units.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                header = file.metadata() or {}
+        except (OSError, SafetensorError):
+            header = {}  # RBM.load tells what is wrong with the file.
+        if header.get("kind") == _FILE_KIND:
+            return _from_file(path, header)
+        rbm = RBM.load(path)
+        statistics = [
+            torch.tensor(json.loads(header[name])) if name in header else None
+            for name in ("mean", "scale")
+        ]
+        return cls(RBMReconstructor(rbm), *statistics).eval()
+
+
+def _gate_of(strength: float) -> float:
+    return math.atanh(max(-_LARGEST_STRENGTH, min(strength, _LARGEST_STRENGTH)))
+
+
+def _from_file(path: str | os.PathLike[str], header: Mapping[str, str]) -> GatedResidual:
+    tensors = load_file(path)
+    try:
+        residual = RBMSettings.from_strings(header).build(tensors["mean"].shape[-1])
+        residual.to(tensors["mean"].dtype).load_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"load: {os.fspath(path)!r} must hold all of a fitted RBM, got {error}"
+        ) from error
+    return residual.eval()
 
 
 def _adjust(
@@ -238,13 +349,14 @@ def _adjust(
     return x + (torch.tanh(gate) * (reconstruction - x)).to(x.dtype)
 
 
-def _check_statistics(mean: Tensor, scale: Tensor, cls: ClsToken) -> None:
-    expected = "[2, D] with cls='apart'" if cls == "apart" else "[D]"
+def _check_statistics(mean: Tensor, scale: Tensor, cls_token: ClsToken) -> None:
+    apart = cls_token == "apart"
+    expected = "[2, D] with cls_token='apart'" if apart else "[D]"
     for name, value in (("mean", mean), ("scale", scale)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"GatedResidual: {name} must be a floating-point tensor, got {got}")
-        if value.dim() != (2 if cls == "apart" else 1) or (cls == "apart" and len(value) != 2):
+        if value.dim() != (2 if apart else 1) or (apart and len(value) != 2):
             raise ValueError(f"GatedResidual: {name} must be {expected}, got {list(value.shape)}")
     if mean.shape != scale.shape:
         raise ValueError(
@@ -259,3 +371,127 @@ def _check_statistics(mean: Tensor, scale: Tensor, cls: ClsToken) -> None:
         raise ValueError(
             f"GatedResidual: scale must be positive and finite, got a least of {scale.min().item()}"
         )
+
+
+@dataclass(frozen=True)
+class RBMSettings:
+    """All that is needed to rebuild a residual with RBMs, except for its tensors.
+
+    Attributes:
+        n_hidden: Hidden units H of the RBM.
+        mode: ``"mean_field"`` or ``"gibbs"``.
+        k: Mean-field steps or Gibbs sweeps.
+        seed: The seed of Gibbs sampling.
+        fused: See ``RBMReconstructor``.
+        cls_token: What happens to the CLS token: ``"shared"``, ``"apart"`` or ``"skip"``.
+        cls_n_hidden: Hidden units of the RBM of CLS with ``cls_token="apart"``; None stands for H.
+        strength: What a model starts with if its checkpoint has no gate.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+
+    n_hidden: int = 1000
+    mode: Mode = "mean_field"
+    k: int = 1
+    seed: int = 0
+    fused: bool = False
+    cls_token: ClsToken = "shared"
+    cls_n_hidden: int | None = None
+    strength: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.cls_token not in CLS_TOKENS:
+            raise ValueError(
+                f"RBMSettings: cls_token must be one of {CLS_TOKENS}, got {self.cls_token!r}"
+            )
+
+    @classmethod
+    def from_config(cls, rbm: Mapping[str, Any] | None) -> RBMSettings:
+        """The settings in a model's config; what it leaves out has its default.
+
+        Raises:
+            ValueError: An unknown key.
+        """
+        settings = dict(rbm or {})
+        # Release 0.1 named the kind of reconstructor, cls_token by cls, and the gate before tanh.
+        if settings.pop("reconstructor", "rbm") != "rbm":
+            raise ValueError(
+                "RBMSettings: rbm must describe an RBM, got the reconstructor "
+                f"{(rbm or {})['reconstructor']!r}"
+            )
+        if "cls" in settings:
+            settings["cls_token"] = settings.pop("cls")
+        if "gate" in settings:
+            settings["strength"] = math.tanh(settings.pop("gate"))
+        unknown = set(settings) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ValueError(
+                f"RBMSettings: rbm must have keys among {list(cls.__dataclass_fields__)}, "
+                f"got {sorted(unknown)}"
+            )
+        return cls(**settings)
+
+    @classmethod
+    def from_strings(cls, header: Mapping[str, str]) -> RBMSettings:
+        """The settings in a file's header."""
+        apart = header["cls_n_hidden"] != "None"
+        return cls(
+            n_hidden=int(header["n_hidden"]),
+            mode="gibbs" if header["mode"] == "gibbs" else "mean_field",
+            k=int(header["k"]),
+            seed=int(header["seed"]),
+            fused=header["fused"] == "True",
+            cls_token=cast(ClsToken, header["cls_token"]),
+            cls_n_hidden=int(header["cls_n_hidden"]) if apart else None,
+            strength=float(header["strength"]),
+        )
+
+    @classmethod
+    def of(cls, residual: GatedResidual) -> RBMSettings:
+        """The settings that rebuild a residual.
+
+        Raises:
+            TypeError: A reconstructor that is no ``RBMReconstructor``.
+            ValueError: RBMs of CLS and of the patches that reconstruct in different ways.
+        """
+        modules = [residual.reconstructor]
+        if residual.cls_reconstructor is not None:
+            modules.append(residual.cls_reconstructor)
+        ways, sizes = [], []
+        for module in modules:
+            if not isinstance(module, RBMReconstructor):
+                raise TypeError(
+                    "GatedResidual: reconstructor must be an RBMReconstructor to be described in "
+                    f"a file or a config, got {type(module).__name__}"
+                )
+            ways.append({name: getattr(module, name) for name in ("mode", "k", "seed", "fused")})
+            sizes.append(module.n_hidden)
+        if ways[0] != ways[-1]:
+            raise ValueError(
+                "GatedResidual: the RBMs of CLS and patches must reconstruct in one way, "
+                f"got {ways[-1]} and {ways[0]}"
+            )
+        return cls(
+            **ways[0],
+            n_hidden=sizes[0],
+            cls_token=residual.cls_token,
+            cls_n_hidden=sizes[1] if len(sizes) == 2 else None,
+            strength=residual.initial_strength,
+        )
+
+    def build(self, width: int) -> GatedResidual:
+        """A new residual on features of that width, whose tensors are to be loaded or fitted."""
+        apart = self.cls_token == "apart"
+        return GatedResidual(
+            self._reconstructor(width, self.n_hidden),
+            strength=self.strength,
+            cls_token=self.cls_token,
+            cls_reconstructor=(
+                self._reconstructor(width, self.cls_n_hidden or self.n_hidden) if apart else None
+            ),
+        )
+
+    def _reconstructor(self, width: int, n_hidden: int) -> RBMReconstructor:
+        rbm = RBM(width, n_hidden, "gaussian")
+        return RBMReconstructor(rbm, self.mode, self.k, seed=self.seed, fused=self.fused)

@@ -202,14 +202,14 @@ def rbm_reconstructors(residual: GatedResidual | None) -> list[RBMReconstructor]
 def _standardised(residual: GatedResidual, features: Tensor) -> list[tuple[nn.Module, Tensor]]:
     """Each reconstructor with the tokens [B, M, D] it is given, standardised."""
     features = features.to(residual.mean.dtype)
-    if residual.cls == "apart":
+    if residual.cls_token == "apart":
         assert residual.cls_reconstructor is not None
         (mean, patch_mean), (scale, patch_scale) = residual.mean, residual.scale
         return [
             (residual.reconstructor, (features[:, 1:] - patch_mean) / patch_scale),
             (residual.cls_reconstructor, (features[:, :1] - mean) / scale),
         ]
-    tokens = features if residual.cls == "shared" else features[:, 1:]
+    tokens = features if residual.cls_token == "shared" else features[:, 1:]
     return [(residual.reconstructor, (tokens - residual.mean) / residual.scale)]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -29,107 +29,9 @@ from transformers import initialization as init
 
 from rbm_kernels import RBM
 
-from .gated_residual import CLS_TOKENS, ClsToken, GatedResidual, Mode, RBMReconstructor
-
-__all__ = [
-    "GatedResidual",
-    "RBMBlipConfig",
-    "RBMBlipForConditionalGeneration",
-    "RBMBlipVisionModel",
-    "RBMReconstructor",
-    "RBMSettings",
-    "apply_rbm_to_blip",
-    "remove_rbm_from_blip",
-    "with_rbm",
-]
+from .gated_residual import GatedResidual, RBMReconstructor, RBMSettings
 
 _NEW_MODULES = (GatedResidual, RBMReconstructor, RBM)
-
-
-@dataclass(frozen=True)
-class RBMSettings:
-    """What a config says of its RBM: all that is needed to rebuild it, save the tensors.
-
-    Attributes:
-        n_hidden: Hidden units H.
-        mode: "mean_field" or "gibbs".
-        k: Mean-field steps or Gibbs sweeps.
-        seed: Of Gibbs sampling.
-        fused: See ``RBMReconstructor``.
-        cls: What happens to the CLS token: "shared", "apart" or "skip".
-        cls_n_hidden: Hidden units of the reconstructor of CLS with ``cls="apart"``; None: H.
-        gate: That a model starts with if its checkpoint has none.
-    """
-
-    n_hidden: int = 1000
-    mode: Mode = "mean_field"
-    k: int = 1
-    seed: int = 0
-    fused: bool = False
-    cls: ClsToken = "shared"
-    cls_n_hidden: int | None = None
-    gate: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.cls not in CLS_TOKENS:
-            raise ValueError(f"RBMSettings: cls must be one of {CLS_TOKENS}, got {self.cls!r}")
-
-    @classmethod
-    def from_config(cls, rbm: Mapping[str, Any] | None) -> RBMSettings:
-        """The settings in a config's ``rbm``; what it leaves out has its default."""
-        settings = dict(rbm or {})
-        # Models saved by release 0.1 name the kind of reconstructor, of which there was one.
-        if settings.pop("reconstructor", "rbm") != "rbm":
-            raise ValueError(
-                "RBMSettings: rbm must describe an RBM, got the reconstructor "
-                f"{(rbm or {})['reconstructor']!r}"
-            )
-        unknown = set(settings) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ValueError(
-                f"RBMSettings: rbm must have keys among {list(cls.__dataclass_fields__)}, "
-                f"got {sorted(unknown)}"
-            )
-        return cls(**settings)
-
-    @classmethod
-    def of(cls, residual: GatedResidual) -> RBMSettings:
-        """The settings that rebuild a residual."""
-        modules: list[Any] = [residual.reconstructor]
-        if residual.cls_reconstructor is not None:
-            modules.append(residual.cls_reconstructor)
-        described = [_describe(module) for module in modules]
-        if described[0] != described[-1]:
-            raise ValueError(
-                "apply_rbm_to_blip: the RBMs of CLS and patches must reconstruct in one way, "
-                f"got {described[-1]} and {described[0]}"
-            )
-        return cls(
-            **described[0],
-            n_hidden=modules[0].n_hidden,
-            cls=residual.cls,
-            cls_n_hidden=modules[1].n_hidden if len(modules) == 2 else None,
-            gate=residual.initial_gate,
-        )
-
-    def build(self, width: int) -> GatedResidual:
-        """A new residual on features of that width, whose tensors are to be loaded or fitted."""
-        shape = (2, width) if self.cls == "apart" else (width,)
-        of_cls = None
-        if self.cls == "apart":
-            of_cls = self._reconstructor(width, self.cls_n_hidden or self.n_hidden)
-        return GatedResidual(
-            self._reconstructor(width, self.n_hidden),
-            torch.zeros(shape), torch.ones(shape), self.gate, self.cls, of_cls,
-        )  # fmt: skip
-
-    def _reconstructor(self, width: int, n_hidden: int) -> RBMReconstructor:
-        rbm = RBM(width, n_hidden, "gaussian")
-        return RBMReconstructor(rbm, self.mode, self.k, seed=self.seed, fused=self.fused)
-
-
-def _describe(module: nn.Module) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in ("mode", "k", "seed", "fused")}
 
 
 class _ConfigWithRBM:
@@ -217,9 +119,9 @@ class RBMBlipForConditionalGeneration(_CaptionerWithRBM, BlipForConditionalGener
     new and its gate shut, so the captions are those of stock BLIP. ``rbm=`` says which RBM::
 
         model = RBMBlipForConditionalGeneration.from_pretrained(
-            "Salesforce/blip-image-captioning-base", rbm={"n_hidden": 500, "cls": "skip"}
+            "Salesforce/blip-image-captioning-base", rbm={"n_hidden": 500, "cls_token": "skip"}
         )
-        model.vision_model.rbm  # the GatedResidual
+        rbm_of(model)  # the GatedResidual
     """
 
     config_class = RBMBlipConfig
@@ -275,25 +177,6 @@ def _stock(adjusted: type) -> Any:
     return next(base.__bases__[1] for base in adjusted.__mro__ if base.__bases__[0] in mixins)
 
 
-def _reconstructor(
-    name: str, given: object, width: int, mode: Mode, k: int, seed: int, fused: bool
-) -> RBMReconstructor:
-    """A copy of what the user gave, as a reconstructor of features of that width."""
-    if isinstance(given, RBM):
-        given = RBMReconstructor(given, mode, k, seed=seed, fused=fused)
-    if not isinstance(given, RBMReconstructor):
-        raise TypeError(
-            f"apply_rbm_to_blip: {name} must be a rbm_kernels.RBM or an RBMReconstructor, "
-            f"got {type(given).__name__}"
-        )
-    if given.n_visible != width:
-        raise ValueError(
-            f"apply_rbm_to_blip: {name} must have D = {width} visible units, as many as the "
-            f"vision features are wide, got {given.n_visible}"
-        )
-    return copy.deepcopy(given)
-
-
 def _insert(vision: Any, residual: GatedResidual) -> None:
     _turn_into(vision, _sibling(_VisionWithRBM, type(vision)))
     vision.rbm = residual
@@ -310,45 +193,29 @@ def _turn_into(model: Any, kind: Any) -> None:
 
 def apply_rbm_to_blip(
     model: BlipForConditionalGeneration,
-    rbm: RBM | RBMReconstructor,
-    mean: Tensor,
-    scale: Tensor,
-    *,
-    gate: float = 0.0,
-    cls: ClsToken = "shared",
-    cls_rbm: RBM | RBMReconstructor | None = None,
-    mode: Mode = "mean_field",
-    k: int = 1,
-    seed: int = 0,
-    fused: bool = False,
+    fitted: GatedResidual | RBM,
+    strength: float | None = None,
 ) -> BlipForConditionalGeneration:
     """Put an RBM between a captioner's vision model and its text decoder, in place.
 
-    The model becomes one of ``with_rbm``'s class. The RBM is copied, to the model's device and
-    dtype; ``model.vision_model.rbm`` is the ``GatedResidual`` with it.
+    The model becomes one of ``with_rbm``'s class. What was fitted is copied, to the model's device
+    and dtype; ``rbm_of(model)`` is that copy.
 
     Args:
         model: BLIP, or a model of a class derived from it.
-        rbm: With Gaussian visible units, as many as the vision features are wide (D), fitted on
-            standardized features; or an ``RBMReconstructor`` with one.
-        mean: Mean of the features [D], that of CLS and that of patches [2, D] if ``cls="apart"``.
-        scale: Their standard deviations, likewise.
-        gate: The reconstruction's share is tanh(gate); 0 leaves every output as it was.
-        cls: ``"shared"`` treats the CLS token like the patches, ``"skip"`` leaves it alone,
-            ``"apart"`` gives it ``cls_rbm`` and a gate of its own.
-        cls_rbm: The RBM of CLS.
-        mode: ``"mean_field"`` or ``"gibbs"``, for an ``rbm_kernels.RBM``.
-        k: Mean-field steps or Gibbs sweeps.
-        seed: Of Gibbs sampling.
-        fused: See ``RBMReconstructor``.
+        fitted: What ``fit_rbm`` returned, ``GatedResidual.load`` read or ``remove_rbm_from_blip``
+            took out; or an RBM with Gaussian visible units, fitted to features as they are. It has
+            as many visible units as the vision features are wide (D).
+        strength: The share of the reconstruction in the features, from -1 to 1; 0 leaves every
+            output as it was. None keeps that of ``fitted``, which is 0 where it is new.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: ``model`` is no BLIP captioner, or ``rbm`` neither of these.
-        ValueError: An RBM of the wrong width or with Bernoulli visible units, a model that has an
-            RBM already or whose vision model's forward is patched, or a wrong shape or value.
+        TypeError: ``model`` is no BLIP captioner, or ``fitted`` neither of these.
+        ValueError: An RBM of the wrong width or without Gaussian visible units, a strength out of
+            range, a model that has an RBM already or whose vision model's forward is patched.
             Nothing has been changed then.
     """
     if not isinstance(model, BlipForConditionalGeneration):
@@ -358,8 +225,7 @@ def apply_rbm_to_blip(
         )
     if isinstance(model, _CaptionerWithRBM):
         raise ValueError(
-            "apply_rbm_to_blip: model has an RBM already; take it out with remove_rbm_from_blip, "
-            "or set model.vision_model.rbm"
+            "apply_rbm_to_blip: model has an RBM already; take it out with remove_rbm_from_blip"
         )
     vision, width = model.vision_model, model.config.vision_config.hidden_size
     if "forward" in vars(vision):
@@ -367,10 +233,21 @@ def apply_rbm_to_blip(
             "apply_rbm_to_blip: model.vision_model.forward must be that of its class, got one set "
             "on the instance (by a device map or a patch): apply the RBM first"
         )
-    options: Any = (width, mode, k, seed, fused)
-    reconstructor = _reconstructor("rbm", rbm, *options)
-    of_cls = None if cls_rbm is None else _reconstructor("cls_rbm", cls_rbm, *options)
-    residual = GatedResidual(reconstructor, mean, scale, gate, cls, of_cls)
+    if not isinstance(fitted, (GatedResidual, RBM)):
+        raise TypeError(
+            "apply_rbm_to_blip: fitted must be a GatedResidual of fit_rbm or a rbm_kernels.RBM, "
+            f"got {type(fitted).__name__}"
+        )
+    if fitted.n_visible != width:
+        raise ValueError(
+            f"apply_rbm_to_blip: fitted must have D = {width} visible units, as many as the "
+            f"vision features are wide, got {fitted.n_visible}"
+        )
+    if isinstance(fitted, RBM):
+        fitted = GatedResidual(RBMReconstructor(fitted))
+    residual = copy.deepcopy(fitted)
+    if strength is not None:
+        residual.set_strength(strength)
     settings = RBMSettings.of(residual)
     adjusted = with_rbm(type(model))
     _insert(vision, residual.to(model.device, model.dtype).train(vision.training))
@@ -380,6 +257,17 @@ def apply_rbm_to_blip(
     model.config.__class__ = adjusted.config_class
     model.config.rbm = asdict(settings)
     return model
+
+
+def rbm_of(model: nn.Module) -> GatedResidual | None:
+    """What stands between a captioner's vision model and its decoder; None where nothing does.
+
+    Example:
+        >>> rbm_of(nn.Linear(2, 2)) is None
+        True
+    """
+    residual = getattr(getattr(model, "vision_model", None), "rbm", None)
+    return residual if isinstance(residual, GatedResidual) else None
 
 
 def remove_rbm_from_blip(model: BlipForConditionalGeneration) -> GatedResidual:

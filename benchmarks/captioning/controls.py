@@ -1,8 +1,8 @@
 """Controls of equal cost: what else could stand behind the gate, fitted on the same stream.
 
 An RBM earns its place only where it does better than these (see docs/captioning.md). Each function
-returns a ``Fitted``, as ``blip_integration.fit_rbm`` does; the gate, the statistics, the rows,
-their order, the batches and the learning rates are the same for all.
+returns a ``GatedResidual``, as ``blip_integration.fit_rbm`` does; the gate, the statistics, the
+rows, their order, the batches and the learning rates are the same for all.
 """
 
 from __future__ import annotations
@@ -14,16 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipForConditionalGeneration
 
-from blip_integration.fitting import (
-    DEFAULT_SCHEDULE,
-    MONITORED_ROWS,
-    Fitted,
-    Schedule,
-    TokenStream,
-    reconstruction_error,
-    train,
-)
-from blip_integration.gated_residual import RBMReconstructor
+from blip_integration.fitting import DEFAULT_SCHEDULE, Schedule, TokenStream, train
+from blip_integration.gated_residual import GatedResidual, RBMReconstructor
 from blip_integration.modeling import apply_rbm_to_blip
 from rbm_kernels import RBM
 
@@ -118,12 +110,12 @@ class LinearAdapter(nn.Module):
         return adapted
 
 
-def fit_shrink_to_mean(stream: TokenStream) -> Fitted:
+def fit_shrink_to_mean(stream: TokenStream) -> GatedResidual:
     """The control without parameters: the gate mixes in the mean of the features."""
     return _unchanging(ShrinkToMean(stream.width), stream)
 
 
-def fit_random_rbm(stream: TokenStream, rbm: RBM, *, seed: int = 0) -> Fitted:
+def fit_random_rbm(stream: TokenStream, rbm: RBM, *, seed: int = 0) -> GatedResidual:
     """An RBM whose weights say nothing: those of a fitted one in a random order.
 
     All moments of the weights and of the hidden biases stay what they were; the visible biases and
@@ -144,7 +136,7 @@ def fit_random_rbm(stream: TokenStream, rbm: RBM, *, seed: int = 0) -> Fitted:
     return _unchanging(RBMReconstructor(shuffled), stream)
 
 
-def fit_pca(stream: TokenStream, n_components: int) -> Fitted:
+def fit_pca(stream: TokenStream, n_components: int) -> GatedResidual:
     """The leading principal components of the standardised tokens, from one pass over them.
 
     Args:
@@ -175,7 +167,7 @@ def fit_denoising_autoencoder(
     noise: float = 0.5,
     device: torch.device | str = "cpu",
     progress: bool = False,
-) -> Fitted:
+) -> GatedResidual:
     """A tied autoencoder that gives back clean rows for noisy ones (Vincent et al. 2008).
 
     Its mean field has the form and the parameters of an RBM's with ``n_hidden`` hidden units, and
@@ -208,7 +200,7 @@ def fit_linear_adapter(
     noise: float = 0.5,
     device: torch.device | str = "cpu",
     progress: bool = False,
-) -> Fitted:
+) -> GatedResidual:
     """A linear residual adapter that gives back clean rows for noisy ones.
 
     Args:
@@ -232,11 +224,9 @@ def _generator(schedule: Schedule) -> torch.Generator:
     return torch.Generator().manual_seed(schedule.seed)
 
 
-def _unchanging(reconstructor: torch.nn.Module, stream: TokenStream) -> Fitted:
+def _unchanging(reconstructor: torch.nn.Module, stream: TokenStream) -> GatedResidual:
     """What took no updates to fit."""
-    error = reconstruction_error(reconstructor, stream.sample(MONITORED_ROWS, held_out=True))
-    history = [{"epoch": 0, "reconstruction_error": error}]
-    return Fitted(reconstructor.eval(), stream.mean, stream.scale, history)
+    return GatedResidual(reconstructor, stream.mean, stream.scale).eval()
 
 
 def _fit_denoiser(
@@ -247,7 +237,7 @@ def _fit_denoiser(
     noise: float,
     device: torch.device | str,
     progress: bool,
-) -> Fitted:
+) -> GatedResidual:
     if not 0 <= noise < math.inf:
         raise ValueError(f"{name}: noise must be 0 or more and finite, got {noise}")
     model.to(device)
@@ -261,22 +251,24 @@ def _fit_denoiser(
         loss.backward()
         optimizer.step()
 
-    history = train(stream, model, optimizer, update, schedule, device=device, progress=progress)
+    train(stream, model, optimizer, update, schedule, device=device, progress=progress)
     model.zero_grad(set_to_none=True)
-    return Fitted(model.eval(), stream.mean, stream.scale, history)
+    return GatedResidual(model.cpu(), stream.mean, stream.scale).eval()
 
 
-def apply_to_blip(model: BlipForConditionalGeneration, fitted: Fitted, gate: float) -> None:
+def apply_to_blip(
+    model: BlipForConditionalGeneration, fitted: GatedResidual, strength: float
+) -> None:
     """Put an RBM or a control between a captioner's vision model and its decoder, in place.
 
     A saved model's config describes RBMs alone, so one with a control is not to be saved.
 
     Args:
         model: The captioner.
-        fitted: What stands behind the gate.
-        gate: The reconstruction's share is tanh(gate).
+        fitted: What stands between them; copied.
+        strength: The share of its reconstruction in the features.
     """
-    stand_in = RBM(len(fitted.mean), 1, "gaussian")
-    apply_rbm_to_blip(model, stand_in, fitted.mean, fitted.scale, gate=gate)
-    own = copy.deepcopy(fitted.reconstructor).to(model.device, model.dtype)
-    model.vision_model.rbm.reconstructor = own.train(model.training)
+    apply_rbm_to_blip(model, RBM(fitted.n_visible, 1, "gaussian"))
+    residual = copy.deepcopy(fitted)
+    residual.set_strength(strength)
+    model.vision_model.rbm = residual.to(model.device, model.dtype).train(model.training)

@@ -7,7 +7,6 @@ weight, is chosen on one half of the unseen scenes, and all figures are of the o
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from blip_integration.captioner import open_image
 from blip_integration.captions import Candidates, beam_candidates, normalize_caption
-from blip_integration.fitting import Fitted, Schedule, TokenStream, fit_rbm, save_fitted_rbm
+from blip_integration.fitting import Schedule, TokenStream, fit_rbm_to_tokens
+from blip_integration.gated_residual import GatedResidual
 from blip_integration.joint_rbm import JointRBM, Vocabulary
 from blip_integration.modeling import apply_rbm_to_blip
 from blip_integration.ranker_training import CaptionBags, PairTraining, fit_contrastive
@@ -164,8 +164,8 @@ def run_demo(
         trained = _train(file, root, settings, say, progress)
         schedule = Schedule(seed=settings.seed)
         stream = TokenStream(trained.known_features.features)
-        fitted = fit_rbm(stream, settings.hidden, schedule, progress=progress)
-        save_fitted_rbm(fitted, root / "rbm.safetensors")
+        fitted = fit_rbm_to_tokens(stream, settings.hidden, schedule, progress=progress)
+        fitted.save(root / "rbm.safetensors")
         reranker = _train_reranker(trained, settings)
         say("one RBM fitted to the features, one to features and words")
 
@@ -283,21 +283,22 @@ def _with_pairs(caption: str) -> str:
     return " ".join([*words, *(f"{a}-{b}" for a, b in zip(words, words[1:], strict=False))])
 
 
-def _insert_rbm(trained: _Trained, fitted: Fitted, unseen: _Unseen) -> float:
+def _insert_rbm(trained: _Trained, fitted: GatedResidual, unseen: _Unseen) -> float:
     """Put the RBM into the captioner, with the share under which true captions are likeliest."""
     model = trained.model
-    apply_rbm_to_blip(model, fitted.reconstructor.rbm, fitted.mean, fitted.scale)
+    apply_rbm_to_blip(model, fitted)
+    residual = model.vision_model.rbm
 
     @torch.no_grad()
     def loss(share: float) -> float:
-        model.vision_model.rbm.gate.fill_(math.atanh(share))
+        residual.set_strength(share)
         nats, tokens = caption_losses(
             model, trained.tokenizer, unseen.features, unseen.images.captions
         )
         return float(nats.sum() / tokens.sum())
 
     best = min(_SHARES, key=loss)
-    model.vision_model.rbm.gate.data.fill_(math.atanh(best))
+    residual.set_strength(best)
     return best
 
 

@@ -15,15 +15,16 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from transformers import BlipConfig, BlipForConditionalGeneration
 
-from blip_integration.fitting import Schedule, TokenStream, fit_rbm
-from blip_integration.gated_residual import Mode
-from blip_integration.modeling import apply_rbm_to_blip, remove_rbm_from_blip
+from blip_integration.fitting import Schedule, TokenStream, fit_rbm_to_tokens
+from blip_integration.gated_residual import GatedResidual, Mode, RBMReconstructor
+from blip_integration.modeling import apply_rbm_to_blip, rbm_of, remove_rbm_from_blip
 from rbm_kernels import RBM, __version__
 
 
@@ -44,8 +45,10 @@ def share_of_generate(images: int, hidden: int, mode: Mode) -> dict[str, float]:
 
     generate()
     stock = generate()
-    apply_rbm_to_blip(model, rbm, torch.zeros(width), torch.ones(width), gate=0.3, mode=mode)
-    residual, own = model.vision_model.rbm, []
+    fitted = GatedResidual(RBMReconstructor(rbm, mode))
+    apply_rbm_to_blip(model, fitted, strength=0.3)
+    residual: Any = rbm_of(model)
+    own = []
     forward = residual.forward
 
     def timed(states: torch.Tensor) -> torch.Tensor:
@@ -78,7 +81,8 @@ def fitting(images: int, hidden: int) -> dict[str, float]:
         start = time.perf_counter()
         stream = TokenStream(on_disk)
         read = time.perf_counter() - start
-        fitted = fit_rbm(stream, hidden)
+        history: list[dict[str, float]] = []
+        fit_rbm_to_tokens(stream, hidden, on_epoch=history.append)
         total = time.perf_counter() - start
         # The backends in turn on a tenth of the images: the reference would take minutes.
         part = TokenStream(on_disk[: max(2, images // 10)])
@@ -86,13 +90,13 @@ def fitting(images: int, hidden: int) -> dict[str, float]:
         for _ in range(3):
             for backend, times in seconds.items():
                 start = time.perf_counter()
-                fit_rbm(part, hidden, Schedule(epochs=1), backend=backend)
+                fit_rbm_to_tokens(part, hidden, Schedule(epochs=1), backend=backend)
                 times.append(time.perf_counter() - start)
     cpu, reference = (statistics.median(times) for times in seconds.values())
     return {
         "statistics": read,
         "total": total,
-        "rows": fitted.history[-1]["rows"],
+        "rows": history[-1]["rows"],
         "reference_over_cpu": reference / cpu,
     }
 

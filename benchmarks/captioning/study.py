@@ -31,6 +31,7 @@ from blip_integration.captions import Candidates, beam_candidates
 from blip_integration.gated_residual import GatedResidual, RBMReconstructor
 from blip_integration.joint import JointSettings, train_joint
 from blip_integration.joint_objective import CaptionPairs
+from blip_integration.modeling import rbm_of
 from blip_integration.ranker_training import CaptionBags, PairTraining
 from blip_integration.rerank import PairReranker, RBMReranker, choose_weight, combined_scores
 
@@ -354,7 +355,7 @@ HIDDEN = 512
 COMPONENTS = 128
 
 
-def adjustments(study: Study, seed: int) -> dict[str, Callable[[], fitting.Fitted]]:
+def adjustments(study: Study, seed: int) -> dict[str, Callable[[], GatedResidual]]:
     """What goes behind the gate, each fitted to as many rows in as many updates, by name.
 
     The RBM, the denoising autoencoder and the linear adapter have as many weights. Those that no
@@ -363,19 +364,21 @@ def adjustments(study: Study, seed: int) -> dict[str, Callable[[], fitting.Fitte
     # Made at first use, and once: runs that are kept need neither.
     stream = _once(lambda: fitting.TokenStream(study.train))
     schedule = fitting.Schedule(seed=seed)
-    rbm = _once(lambda: fitting.fit_rbm(stream(), HIDDEN, schedule))
+    rbm = _once(lambda: fitting.fit_rbm_to_tokens(stream(), HIDDEN, schedule))
 
-    def gibbs() -> fitting.Fitted:
-        fitted = rbm()
-        sampler = RBMReconstructor(fitted.reconstructor.rbm, "gibbs", seed=seed)
-        return replace(fitted, reconstructor=sampler)
+    def gibbs() -> GatedResidual:
+        sampler: Any = copy.deepcopy(rbm())
+        sampler.reconstructor = RBMReconstructor(sampler.reconstructor.rbm, "gibbs", seed=seed)
+        return sampler.eval()
 
-    ways: dict[str, Callable[[], fitting.Fitted]] = {
+    ways: dict[str, Callable[[], GatedResidual]] = {
         "random RBM": lambda: fit_random_rbm(stream(), rbm().reconstructor.rbm, seed=seed),
         "linear adapter": lambda: fit_linear_adapter(stream(), HIDDEN // 2, schedule),
         "denoising autoencoder": lambda: fit_denoising_autoencoder(stream(), HIDDEN, schedule),
         "RBM": rbm,
-        "RBM, sigma learned": lambda: fitting.fit_rbm(stream(), HIDDEN, schedule, learn_sigma=True),
+        "RBM, sigma learned": lambda: fitting.fit_rbm_to_tokens(
+            stream(), HIDDEN, schedule, learn_sigma=True
+        ),
         "RBM, Gibbs": gibbs,
     }
     if seed == study.seeds[0]:
@@ -389,33 +392,21 @@ def adjustments(study: Study, seed: int) -> dict[str, Callable[[], fitting.Fitte
 def adjustment_runs(study: Study) -> Iterator[Run]:
     """The strategies that change the features, one run after another."""
     for seed in study.seeds:
-        ways = {name: partial(_alike, fit) for name, fit in adjustments(study, seed).items()}
+        ways = adjustments(study, seed)
         ways["RBM, CLS apart"] = partial(_apart, study, seed)
         for name, way in ways.items():
             title = f"adjust: {name}"
             yield remembered(study, title, seed, partial(_adjustment, study, title, seed, way))
 
 
-def _alike(fit: Callable[[], fitting.Fitted]) -> GatedResidual:
-    """One reconstructor for all tokens."""
-    fitted = fit()
-    return GatedResidual(fitted.reconstructor, fitted.mean, fitted.scale)
-
-
 def _apart(study: Study, seed: int) -> GatedResidual:
     """An RBM of the first token and one of the others."""
     schedule = fitting.Schedule(seed=seed)
     cls, patches = (
-        fitting.fit_rbm(fitting.TokenStream(study.train, tokens), HIDDEN, schedule)
+        fitting.fit_rbm_to_tokens(fitting.TokenStream(study.train, tokens), HIDDEN, schedule)
         for tokens in ("cls", "patches")
     )
-    return GatedResidual(
-        patches.reconstructor,
-        torch.stack([cls.mean, patches.mean]),
-        torch.stack([cls.scale, patches.scale]),
-        cls="apart",
-        cls_reconstructor=cls.reconstructor,
-    )
+    return fitting.residual_of(patches, cls)
 
 
 def _adjustment(study: Study, name: str, seed: int, way: Callable[[], GatedResidual]) -> Run:
@@ -424,7 +415,7 @@ def _adjustment(study: Study, name: str, seed: int, way: Callable[[], GatedResid
 
     def residual_at(value: float) -> nn.Module:
         with torch.no_grad():
-            residual.gate.fill_(math.atanh(min(value, 1 - 1e-7)))
+            residual.set_strength(value)
         return residual
 
     return adjusted(study, name, seed, residual_at, parameters)
@@ -461,14 +452,14 @@ def _joint(
     study: Study,
     title: str,
     seed: int,
-    fit: Callable[[], fitting.Fitted] | None,
+    fit: Callable[[], GatedResidual] | None,
     terms: dict[str, Any],
 ) -> Run:
     model = copy.deepcopy(study.model)
     parameters = 0
     if fit is not None:
         fitted = fit()
-        apply_to_blip(model, fitted, gate=math.atanh(0.1))
+        apply_to_blip(model, fitted, strength=0.1)
         parameters = sum(p.numel() for p in fitted.reconstructor.parameters())
     # One caption of each image, another one with each seed; every tenth image decides.
     captions = [[texts[seed % len(texts)]] for texts in study.train_captions]
@@ -479,7 +470,7 @@ def _joint(
     )
     settings = JointSettings(batch=128, epochs=study.joint_epochs, seed=seed, **terms)
     result = train_joint(model, study.tokenizer, learned, deciding, settings, progress=False)
-    residual = getattr(model.eval().vision_model, "rbm", None)
+    residual = rbm_of(model.eval())
     changed = replace(study, model=model)
     found: dict[str, Any] = {"best_epoch": result.best_epoch}
     if residual is None:
@@ -490,7 +481,7 @@ def _joint(
 
     def residual_at(share: float) -> nn.Module:
         with torch.no_grad():
-            residual.gate.fill_(math.atanh(share * found["gate"]))
+            residual.set_strength(share * found["gate"])
         return residual
 
     run = adjusted(changed, title, seed, residual_at, parameters, LEARNED_SHARES)

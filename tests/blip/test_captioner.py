@@ -16,13 +16,6 @@ from transformers import (
 from benchmarks.captioning import lite_blip as captioner
 from benchmarks.captioning.files import save_captioner
 from blip_integration.captioner import image_loader, load_captioner, open_image
-from blip_integration.fitting import (
-    Schedule,
-    TokenStream,
-    fit_rbm,
-    load_fitted_rbm,
-    save_fitted_rbm,
-)
 from blip_integration.modeling import apply_rbm_to_blip
 from rbm_kernels import RBM
 
@@ -49,9 +42,7 @@ def test_captioners_survive_a_folder(tmp_path, kind):
         vision = captioner.LiteVisionModel(config)
         model = captioner.lite_blip(vision, processor.tokenizer, layers=1, heads=2).eval()
     if "adjusted" in kind:
-        apply_rbm_to_blip(
-            model, RBM(width, 3, "gaussian"), torch.ones(width), torch.ones(width), gate=0.7
-        )
+        apply_rbm_to_blip(model, RBM(width, 3, "gaussian"), strength=0.6)
     save_captioner(model, processor, tmp_path / "model")
     loaded, with_it = load_captioner(tmp_path / "model")
     assert type(loaded) is type(model) and not loaded.training
@@ -78,21 +69,3 @@ def test_blip_for_retrieval_has_no_decoder(tmp_path):
     save_captioner(retrieval, processor, tmp_path / "retrieval")
     with pytest.raises(ValueError, match=r"all weights of a BLIP captioner, got none for text_dec"):
         load_captioner(tmp_path / "retrieval")
-
-
-def test_a_fitted_rbm_survives_a_file(tmp_path):
-    x = 3 + 2 * torch.randn(30, 5, 4, generator=torch.Generator().manual_seed(0))
-    fitted = fit_rbm(TokenStream(x), 3, Schedule(epochs=1))
-    save_fitted_rbm(fitted, tmp_path / "rbm.safetensors")
-    rbm, mean, scale = load_fitted_rbm(tmp_path / "rbm.safetensors")
-    assert torch.equal(mean, fitted.mean) and torch.equal(scale, fitted.scale)
-    wanted, got = fitted.reconstructor.rbm.state_dict(), rbm.state_dict()
-    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
-
-
-def test_an_rbm_without_statistics_is_of_features_as_they_are(tmp_path):
-    RBM(4, 3, "gaussian").save(tmp_path / "rbm.safetensors")
-    _, mean, scale = load_fitted_rbm(tmp_path / "rbm.safetensors")
-    assert torch.equal(mean, torch.zeros(4)) and torch.equal(scale, torch.ones(4))
-    with pytest.raises(FileNotFoundError, match="must be a model file"):
-        load_fitted_rbm(tmp_path / "none.safetensors")

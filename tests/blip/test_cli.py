@@ -22,6 +22,7 @@ import blip_integration
 from blip_integration import cli
 from blip_integration.captioner import image_states, load_captioner, open_image
 from blip_integration.captions import beam_candidates
+from blip_integration.gated_residual import GatedResidual
 from blip_integration.modeling import apply_rbm_to_blip
 from rbm_kernels import RBM
 
@@ -109,15 +110,14 @@ def test_caption_says_what_generate_does(data, model, capsys, options):
 def test_caption_before_and_after_an_rbm(data, model, rbm, capsys):
     paths = pictures(data)
     command = ["caption", *paths, "--model", str(model), "--batch", "4", "--rbm", str(rbm)]
-    assert cli.main([*command, "--gate", "2"]) == 0
+    assert cli.main([*command, "--strength", "0.96"]) == 0
     before, after, cosines = before_and_after(capsys.readouterr().out)
     assert before == expected_captions(model, paths) and before != after
     assert len(cosines) == len(paths) and max(cosines) < 0.99
 
     # The same by the library alone.
     adjusted, processor = load_captioner(model)
-    ones = torch.ones(blip.WIDTH)
-    apply_rbm_to_blip(adjusted, RBM.load(rbm), 0 * ones, ones, gate=2.0)
+    apply_rbm_to_blip(adjusted, RBM.load(rbm), strength=0.96)
     pixels = processor.image_processor([open_image(p) for p in paths], return_tensors="pt")
     pixels = pixels["pixel_values"]
     assert after == beam_candidates(adjusted, processor.tokenizer, pixels, progress=False).best
@@ -126,23 +126,22 @@ def test_caption_before_and_after_an_rbm(data, model, rbm, capsys):
     cosine = torch.nn.functional.cosine_similarity(states, plain, dim=-1).mean(1)
     torch.testing.assert_close(torch.tensor(cosines), cosine, atol=1e-4, rtol=0)
 
-    assert cli.main([*command, "--gate", "0"]) == 0
+    assert cli.main([*command, "--strength", "0"]) == 0
     before, after, cosines = before_and_after(capsys.readouterr().out)
     assert before == after and set(cosines) == {1.0}
 
 
 def test_a_model_with_an_rbm_has_captions_before_and_after(data, model, rbm, tmp_path, capsys):
     adjusted, processor = load_captioner(model)
-    ones = torch.ones(blip.WIDTH)
-    apply_rbm_to_blip(adjusted, RBM.load(rbm), 0 * ones, ones, gate=2.0)
+    apply_rbm_to_blip(adjusted, RBM.load(rbm), strength=0.96)
     for each in (adjusted, processor):
         each.save_pretrained(tmp_path / "adjusted")
     command = ["caption", *pictures(data), "--model"]
     assert cli.main([*command, str(tmp_path / "adjusted")]) == 0
     of_folder = capsys.readouterr().out
-    assert cli.main([*command, str(model), "--rbm", str(rbm), "--gate", "2"]) == 0
+    assert cli.main([*command, str(model), "--rbm", str(rbm), "--strength", "0.96"]) == 0
     assert capsys.readouterr().out == of_folder
-    assert cli.main([*command, str(tmp_path / "adjusted"), "--gate", "0"]) == 0
+    assert cli.main([*command, str(tmp_path / "adjusted"), "--strength", "0"]) == 0
     before, after, _ = before_and_after(capsys.readouterr().out)
     assert before == after
 
@@ -154,14 +153,11 @@ def test_fit_an_rbm_and_use_it(data, model, tmp_path, capsys):
     assert cli.main([*command, *options]) == 0
     printed = capsys.readouterr()
     assert printed.err == "" and "9 x 17 x 16" in printed.out and "16 x 5 units" in printed.out
-    fitted = RBM.load(out)
-    assert fitted.visible == "gaussian" and fitted.W.shape == (16, 5)
+    fitted = GatedResidual.load(out)
+    assert fitted.reconstructor.rbm.W.shape == (16, 5)
     states = image_states(*load_captioner(model), paths).float().reshape(-1, 16)
-    from blip_integration.fitting import load_fitted_rbm
-
-    _, mean, scale = load_fitted_rbm(out)
-    torch.testing.assert_close(mean, states.mean(0), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(scale, states.std(0, correction=0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fitted.mean, states.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fitted.scale, states.std(0, correction=0), atol=1e-4, rtol=1e-4)
     assert cli.main(["caption", paths[0], "--model", str(model), "--rbm", str(out)]) == 0
     before_and_after(capsys.readouterr().out)
     # The names of images may stand in a file, one a line; the same images make the same RBM.
@@ -169,7 +165,8 @@ def test_fit_an_rbm_and_use_it(data, model, tmp_path, capsys):
     again = tmp_path / "again.safetensors"
     command = ["fit", f"@{tmp_path / 'names'}", "--model", str(model), "--out", str(again)]
     assert cli.main([*command, *options]) == 0
-    assert torch.equal(RBM.load(again).W, fitted.W)
+    wanted, got = fitted.state_dict(), GatedResidual.load(again).state_dict()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
 def test_transformers_is_as_talkative_afterwards_as_before(data, model, capsys):
@@ -246,12 +243,15 @@ def here(data, model, rbm, tmp_path, monkeypatch) -> Path:
         ("caption good.png --model good.png", "must be a folder with config.json"),
         ("caption good.png --model bert", "bert must hold a BLIP model, got one of type 'bert'"),
         ("caption good.png --model some/where", "some/where"),
-        ("caption good.png --model blip --gate 1", "--gate needs --rbm"),
+        ("caption good.png --model blip --strength 1", "--strength needs --rbm"),
         ("caption good.png --model blip --rbm no.safetensors", "must be a model file, got 'no."),
         ("caption good.png --model blip --rbm text.png", "is not a safetensors file"),
         ("caption good.png --model blip --rbm narrow.safetensors", "must have D = 16 visible"),
         ("caption good.png --model blip --rbm binary.safetensors", "Gaussian visible units"),
-        ("caption good.png --model blip --rbm rbm.safetensors --gate nan", "gate must be finite"),
+        (
+            "caption good.png --model blip --rbm rbm.safetensors --strength nan",
+            "must lie in [-1, 1]",
+        ),
         ("caption good.png --model blip --device abacus", "abacus"),
         ("fit good.png --model blip --out nothing", "--out must be a file"),
         ("fit good.png --model blip --out r --learning-rate 0", "learning_rate must be pos"),

@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip_integration.fitting import Schedule, TokenStream, fit_rbm, reconstruction_error
+from blip_integration.fitting import (
+    Schedule,
+    TokenStream,
+    fit_rbm,
+    fit_rbm_to_tokens,
+    reconstruction_error,
+)
 from blip_integration.gated_residual import RBMReconstructor
 from rbm_kernels import RBM
 
@@ -153,19 +159,22 @@ def test_memory_holds_one_block() -> None:
     stream = TokenStream(source, block=50)
     assert source.reads == [(start, start + 50) for start in range(0, 600, 50)]
     source.reads.clear()
-    fitted = fit_rbm(stream, 3, Schedule(epochs=2, tokens_per_image=2, batch=64))
+    history: list[dict[str, float]] = []
+    schedule = Schedule(epochs=2, tokens_per_image=2, batch=64)
+    fit_rbm_to_tokens(stream, 3, schedule, on_epoch=history.append)
     assert all(stop - start == 50 for start, stop in source.reads)
     assert source.most_alive == 1
     # Two epochs, and the rows that are monitored: held-out ones twice.
     assert len(source.reads) <= (2 + 3) * 12
-    assert fitted.history[-1]["rows"] == 2 * 2 * 570
+    assert history[-1]["rows"] == 2 * 2 * 570
 
 
 def test_fit_finds_two_causes() -> None:
     """Likelihoods of held-out rows against those of independent Gaussian features."""
     stream = TokenStream(two_causes()[:, None], held_out=0.1)
     schedule = Schedule(epochs=30, batch=64, learning_rate=0.01)
-    fitted = fit_rbm(stream, 2, schedule)
+    history: list[dict[str, float]] = []
+    fitted = fit_rbm_to_tokens(stream, 2, schedule, on_epoch=history.append)
     held_out = stream.sample(300, held_out=True)
     independent = RBM(6, 1, "gaussian")
     with torch.no_grad():
@@ -175,8 +184,8 @@ def test_fit_finds_two_causes() -> None:
     assert gain > 1.5
     # The noise is all that the two causes leave unexplained.
     noise = (0.5 / stream.scale).square().mean().item()
-    assert fitted.history[-1]["reconstruction_error"] == pytest.approx(noise, rel=0.1)
-    assert fitted.history[0]["reconstruction_error"] == pytest.approx(1, abs=0.1)
+    assert history[-1]["reconstruction_error"] == pytest.approx(noise, rel=0.1)
+    assert history[0]["reconstruction_error"] == pytest.approx(1, abs=0.1)
 
 
 def test_learned_sigma() -> None:
@@ -186,7 +195,7 @@ def test_learned_sigma() -> None:
     truth = 0.5 / stream.scale
     held_out = stream.sample(300, held_out=True)
     fixed, learned = (
-        fit_rbm(stream, 2, schedule, sigma=0.8, learn_sigma=each).reconstructor.rbm
+        fit_rbm_to_tokens(stream, 2, schedule, sigma=0.8, learn_sigma=each).reconstructor.rbm
         for each in (False, True)
     )
     assert torch.equal(fixed.log_var, torch.full((6,), 2 * math.log(0.8)))
@@ -197,10 +206,10 @@ def test_learned_sigma() -> None:
 def test_fit_depends_on_its_seed_alone() -> None:
     stream = TokenStream(features())
     schedule = Schedule(epochs=2, batch=32, seed=7)
-    first = fit_rbm(stream, 4, schedule).reconstructor.rbm
+    first = fit_rbm_to_tokens(stream, 4, schedule).reconstructor.rbm
     torch.manual_seed(123)
-    second = fit_rbm(stream, 4, schedule, backend="reference").reconstructor.rbm
-    third = fit_rbm(stream, 4, Schedule(epochs=2, batch=32, seed=8)).reconstructor.rbm
+    second = fit_rbm_to_tokens(stream, 4, schedule, backend="reference").reconstructor.rbm
+    third = fit_rbm_to_tokens(stream, 4, Schedule(epochs=2, batch=32, seed=8)).reconstructor.rbm
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(first.W, third.W)
@@ -209,17 +218,21 @@ def test_fit_depends_on_its_seed_alone() -> None:
 
 def test_history() -> None:
     stream = TokenStream(features(200), held_out=0.2)
-    fitted = fit_rbm(stream, 4, Schedule(epochs=2, batch=32))
-    assert [h["epoch"] for h in fitted.history] == [0, 1, 2]
+    history: list[dict[str, float]] = []
+    schedule = Schedule(epochs=2, batch=32)
+    fitted = fit_rbm_to_tokens(stream, 4, schedule, on_epoch=history.append)
+    assert [h["epoch"] for h in history] == [0, 1, 2]
     held_out, train = (stream.sample(2048, held_out=each) for each in (True, False))
-    rbm, last = fitted.reconstructor.rbm, fitted.history[-1]
+    rbm, last = fitted.reconstructor.rbm, history[-1]
     gap = rbm.free_energy(held_out).mean() - rbm.free_energy(train).mean()
     assert last["free_energy_gap"] == pytest.approx(gap.item(), rel=1e-3, abs=1e-3)
     W, b, c, log_var = (p.detach().double().numpy() for p in rbm.parameters())
     z = held_out.double().numpy()
     mean_field = 1 / (1 + np.exp(-(z / np.exp(log_var)) @ W - c)) @ W.T + b
     assert last["reconstruction_error"] == pytest.approx(((mean_field - z) ** 2).mean(), rel=1e-5)
-    nothing = fit_rbm(TokenStream(features(), held_out=0.0), 4, Schedule(epochs=1)).history[-1]
+    everything = TokenStream(features(), held_out=0.0)
+    fit_rbm_to_tokens(everything, 4, Schedule(epochs=1), on_epoch=history.append)
+    nothing = history[-1]
     assert math.isnan(nothing["free_energy_gap"]) and math.isnan(nothing["reconstruction_error"])
 
 
@@ -259,11 +272,43 @@ def test_errors() -> None:
             TokenStream(bad, block=8)
     stream = TokenStream(given)
     with pytest.raises(ValueError, match=r"sigma must be positive and finite, got 0\.0"):
-        fit_rbm(stream, 3, sigma=0.0)
+        fit_rbm_to_tokens(stream, 3, sigma=0.0)
     with pytest.raises(ValueError, match="n_hidden must be an int of 1 or more"):
-        fit_rbm(stream, 0)
+        fit_rbm_to_tokens(stream, 0)
     with pytest.raises(ValueError, match="must be finite"):
-        fit_rbm(stream, 3, Schedule(epochs=2, batch=8, learning_rate=1e30))
+        fit_rbm_to_tokens(stream, 3, Schedule(epochs=2, batch=8, learning_rate=1e30))
     for name, value in (("epochs", 0), ("batch", 0), ("learning_rate", 0.0), ("warmup", 1.5)):
         with pytest.raises(ValueError, match=f"Schedule: {name} must"):
             Schedule(**{name: value})
+
+
+@pytest.mark.parametrize("cls_token", ["shared", "skip", "apart"])
+def test_fit_to_a_captioners_images(cls_token: Any) -> None:
+    """Statistics, widths and RBMs are those of the tokens that each of them adjusts."""
+    pytest.importorskip("transformers")
+    from support import blip
+
+    model, _ = blip.tiny_blip()
+    pixels = torch.randn(12, 3, blip.SIDE, blip.SIDE, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        states = model.vision_model(pixels).last_hidden_state  # [12, 17, 16]
+    schedule = Schedule(epochs=2, batch=16)
+    fitted = fit_rbm(model, pixels, 5, schedule, cls_token=cls_token, batch_size=5)
+    assert fitted.cls_token == cls_token and fitted.strength in (0.0, (0.0, 0.0))
+    parts = {"shared": [states], "skip": [states[:, 1:]], "apart": [states[:, :1], states[:, 1:]]}
+    rows = [part.flatten(0, 1) for part in parts[cls_token]]
+    mean = torch.stack([each.mean(0) for each in rows]).view_as(fitted.mean)
+    scale = torch.stack([each.std(0, correction=0) for each in rows]).view_as(fitted.scale)
+    torch.testing.assert_close(fitted.mean, mean, atol=2e-3, rtol=2e-3)  # states in float16
+    torch.testing.assert_close(fitted.scale, scale, atol=2e-3, rtol=2e-3)
+    assert fitted.reconstructor.n_hidden == 5
+    # The states themselves make the same RBM, whatever the captioner is asked for besides.
+    again = fit_rbm(model, states.half(), 5, schedule, cls_token=cls_token)
+    for name, tensor in fitted.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    with pytest.raises(ValueError, match=r"\[N, L, 16\], got \[12, 17, 9\]"):
+        fit_rbm(model, states[..., :9])
+    with pytest.raises(ValueError, match="cls_token must be one of"):
+        fit_rbm(model, states, cls_token="both")
+    with pytest.raises(ValueError, match="one image or more"):
+        fit_rbm(model, pixels[:0])

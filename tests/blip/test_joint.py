@@ -19,6 +19,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 
 import rbm_kernels as rk
 from benchmarks.captioning.lite_blip import word_tokenizer
+from blip_integration.gated_residual import GatedResidual, RBMReconstructor
 from blip_integration.joint import JointResult, JointSettings, train_joint
 from blip_integration.joint_objective import (
     CaptionPairs,
@@ -102,14 +103,17 @@ def with_rbm(
     """The model with an RBM on features standardised by those of some images."""
     features = features_of(model, images)
     statistics = features.mean((0, 1)), features.std((0, 1))
-    if options.get("cls") == "apart":
+    of_cls = None
+    if options.get("cls_token") == "apart":
         parts = features[:, :1], features[:, 1:]
         statistics = (
             torch.stack([part.mean((0, 1)) for part in parts]),
             torch.stack([part.std((0, 1)) for part in parts]),
         )
-        options["cls_rbm"] = tiny_rbm(seed=1)
-    return apply_rbm_to_blip(model, tiny_rbm(), *statistics, gate=gate, **options)
+        of_cls = RBMReconstructor(tiny_rbm(seed=1))
+    reconstructor = RBMReconstructor(tiny_rbm(), options.pop("mode", "mean_field"))
+    fitted = GatedResidual(reconstructor, *statistics, cls_reconstructor=of_cls, **options)
+    return apply_rbm_to_blip(model, fitted, strength=math.tanh(gate))
 
 
 def captioner(gate: float = 0.3, **text: Any) -> BlipForConditionalGeneration:
@@ -315,7 +319,7 @@ def test_captions_of_one_image_are_no_negatives_of_each_other() -> None:
 
 @pytest.mark.parametrize("cls", ["shared", "skip", "apart"])
 def test_cd_is_that_of_the_rbm_on_the_tokens_it_is_given(cls: str) -> None:
-    model = with_rbm(tiny_blip(), drawn(12)[0], cls=cls)
+    model = with_rbm(tiny_blip(), drawn(12)[0], cls_token=cls)
     batch = batch_of(model)
     residual = gated_residual(model)
     given: dict[int, Tensor] = {}

@@ -24,13 +24,13 @@ from transformers import (  # noqa: E402
     BlipVisionModel,
 )
 
-from blip_integration.gated_residual import GatedResidual, RBMReconstructor  # noqa: E402
+from blip_integration.gated_residual import GatedResidual, RBMReconstructor, RBMSettings  # noqa: E402
 from blip_integration.modeling import (  # noqa: E402
     RBMBlipConfig,
     RBMBlipForConditionalGeneration,
     RBMBlipVisionModel,
-    RBMSettings,
     apply_rbm_to_blip,
+    rbm_of,
     remove_rbm_from_blip,
     with_rbm,
 )
@@ -103,13 +103,23 @@ def statistics(*shape: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def put_in(model: Any, cls: Any = "shared", gate: float = 0.0, **options: Any) -> Any:
-    apart = cls == "apart"
-    mean, scale = statistics(2) if apart else statistics()
-    of_cls = gaussian_rbm(seed=1) if apart else None
-    return apply_rbm_to_blip(
-        model, gaussian_rbm(), mean, scale, gate=gate, cls=cls, cls_rbm=of_cls, **options
+def residual_of(
+    cls_token: Any = "shared", strength: float = 0.0, mode: Any = "mean_field", **options: Any
+) -> GatedResidual:
+    apart = cls_token == "apart"
+    return GatedResidual(
+        RBMReconstructor(gaussian_rbm(), mode, **options),
+        *(statistics(2) if apart else statistics()),
+        strength=strength,
+        cls_token=cls_token,
+        cls_reconstructor=RBMReconstructor(gaussian_rbm(seed=1), mode, **options)
+        if apart
+        else None,
     )
+
+
+def put_in(model: Any, *arguments: Any, **options: Any) -> Any:
+    return apply_rbm_to_blip(model, residual_of(*arguments, **options))
 
 
 def images(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -136,7 +146,9 @@ def states(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("options", [{}, {"cls": "apart"}, {"cls": "skip", "mode": "gibbs"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"cls_token": "apart"}, {"cls_token": "skip", "mode": "gibbs"}]
+)
 def test_shut_gate_is_stock(dtype: torch.dtype, options: dict[str, Any]) -> None:
     model = stock_model().to(dtype)
     labels = prompt()
@@ -170,24 +182,24 @@ def test_shut_gate_computes_nothing() -> None:
 
 
 def test_open_gate_changes_captions() -> None:
-    model = put_in(stock_model(), gate=2.0)
+    model = put_in(stock_model(), strength=0.96)
     assert any(
         not torch.equal(captions(model, name), captions(stock_model(), name)) for name in DECODINGS
     )
 
 
-@pytest.mark.parametrize("cls", ["shared", "skip", "apart"])
+@pytest.mark.parametrize("cls_token", ["shared", "skip", "apart"])
 @pytest.mark.parametrize("k", [1, 3])
-def test_residual_formula(cls: Any, k: int) -> None:
+def test_residual_formula(cls_token: Any, k: int) -> None:
     """Against the formula in numpy, float64."""
-    model = put_in(stock_model(), cls, gate=0.7, k=k)
+    model = put_in(stock_model(), cls_token, np.tanh(0.7), k=k)
     residual = model.vision_model.rbm
-    if cls == "apart":
+    if cls_token == "apart":
         with torch.no_grad():
             residual.gate.copy_(torch.tensor([-0.4, 0.7]))
     x = states(stock_model())
-    gates = [-0.4, 0.7] if cls == "apart" else [0.7, 0.7]
-    mean, scale = (s.double().numpy() for s in statistics(*(2,) * (cls == "apart")))
+    gates = [-0.4, 0.7] if cls_token == "apart" else [0.7, 0.7]
+    mean, scale = (s.double().numpy() for s in statistics(*(2,) * (cls_token == "apart")))
 
     def adjusted(x: Any, rbm: RBM, mean: Any, scale: Any, gate: float) -> Any:
         W, b, c, log_var = (p.detach().double().numpy() for p in rbm.parameters())
@@ -197,8 +209,8 @@ def test_residual_formula(cls: Any, k: int) -> None:
         return x + np.tanh(gate) * (z * scale + mean - x)
 
     expected = x.double().numpy().copy()
-    apart = cls == "apart"
-    if cls != "skip":
+    apart = cls_token == "apart"
+    if cls_token != "skip":
         own = (gaussian_rbm(seed=1), mean[0], scale[0]) if apart else (gaussian_rbm(), mean, scale)
         expected[:, 0] = adjusted(expected[:, 0], *own, gates[0])
     rest = (mean[1], scale[1]) if apart else (mean, scale)
@@ -211,7 +223,7 @@ def test_residual_formula(cls: Any, k: int) -> None:
 
 def test_residual_gradients() -> None:
     residual = GatedResidual(
-        RBMReconstructor(gaussian_rbm(), k=2), *statistics(), gate=0.3
+        RBMReconstructor(gaussian_rbm(), k=2), *statistics(), strength=0.3
     ).double()
     x = torch.randn(2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
     parameters = tuple(residual.parameters())
@@ -265,7 +277,7 @@ def test_gibbs_draws() -> None:
 
 
 def test_vision_outputs() -> None:
-    model = put_in(stock_model(), gate=1.0)
+    model = put_in(stock_model(), strength=0.75)
     stock = stock_model().vision_model(images(), output_hidden_states=True)
     output = model.vision_model(images(), output_hidden_states=True)
     expected = model.vision_model.rbm(stock.last_hidden_state)
@@ -282,7 +294,7 @@ def test_callers_tensors_are_left_alone() -> None:
     model, rbm, (mean, scale) = stock_model(), gaussian_rbm(), statistics()
     given = {"pixel_values": images(), "input_ids": prompt(), "attention_mask": prompt() * 0 + 1}
     before = [t.clone() for t in (*rbm.parameters(), mean, scale, *given.values())]
-    apply_rbm_to_blip(model, rbm, mean, scale, gate=1.0)
+    apply_rbm_to_blip(model, GatedResidual(RBMReconstructor(rbm), mean, scale), strength=0.75)
     model.generate(**given, max_new_tokens=4)
     model(**given, labels=given["input_ids"]).loss.backward()
     with torch.no_grad():
@@ -298,14 +310,15 @@ def test_take_out(kind: Any) -> None:
     model, other = stock_model(kind), stock_model(kind)
     shared = model.config
     described, tensors = shared.to_dict(), {n: t.clone() for n, t in model.state_dict().items()}
-    put_in(model, "apart", gate=1.0)
+    put_in(model, "apart", strength=0.75)
     assert isinstance(model, kind)
     assert type(model.vision_model).__mro__[2] is type(other.vision_model)
-    assert not torch.equal(states(model), states(other))
+    adjusted = states(model)
+    assert not torch.equal(adjusted, states(other))
     assert shared.to_dict() == described, "another model may hold the same config"
     residual = remove_rbm_from_blip(model)
     assert isinstance(residual, GatedResidual)
-    assert residual.gate.tolist() == [1.0, 1.0]
+    assert residual.strength == pytest.approx((0.75, 0.75))
     assert type(model) is kind
     assert type(model.vision_model) is type(other.vision_model)
     assert type(model.config) is type(other.config)
@@ -313,16 +326,24 @@ def test_take_out(kind: Any) -> None:
     assert model.config.vision_config is model.vision_model.config
     assert list(model.state_dict()) == list(tensors)
     assert torch.equal(states(model), states(other))
-    put_in(model)  # and in again
+    assert rbm_of(model) is None
+    # And in again, with the strength that it had.
+    assert torch.equal(states(apply_rbm_to_blip(model, residual)), adjusted)
+    assert rbm_of(model).strength == residual.strength
 
 
 @pytest.mark.parametrize("kind", [BlipForConditionalGeneration, BrighterBlip])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"cls": "apart", "k": 2}, {"cls": "skip", "mode": "gibbs", "seed": 3}, {"fused": True}],
+    [
+        {},
+        {"cls_token": "apart", "k": 2},
+        {"cls_token": "skip", "mode": "gibbs", "seed": 3},
+        {"fused": True},
+    ],
 )
 def test_save_and_load(kind: Any, options: dict[str, Any], tmp_path: Path) -> None:
-    model = put_in(stock_model(kind), gate=1.5, **options)
+    model = put_in(stock_model(kind), strength=0.9, **options)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["architectures"] == [f"RBM{kind.__name__}"]
@@ -340,12 +361,12 @@ def test_save_and_load(kind: Any, options: dict[str, Any], tmp_path: Path) -> No
     assert captions(half, dtype=torch.bfloat16).shape[0] == 3
 
 
-@pytest.mark.parametrize("cls", ["shared", "apart"])
-def test_stock_checkpoint_into_ours(cls: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cls_token", ["shared", "apart"])
+def test_stock_checkpoint_into_ours(cls_token: str, tmp_path: Path) -> None:
     """What the checkpoint lacks is initialised: conftest fills fresh memory with NaN."""
     stock = stock_model()
     stock.save_pretrained(tmp_path)
-    settings = {"n_hidden": 200, "cls": cls, "gate": 0.0}
+    settings = {"n_hidden": 200, "cls_token": cls_token, "strength": 0.0}
     ours, info = RBMBlipForConditionalGeneration.from_pretrained(
         tmp_path, rbm=settings, output_loading_info=True
     )
@@ -366,7 +387,7 @@ def test_stock_checkpoint_into_ours(cls: str, tmp_path: Path) -> None:
 
 
 def test_our_checkpoint_into_stock(tmp_path: Path) -> None:
-    put_in(stock_model(), gate=2.0).save_pretrained(tmp_path)
+    put_in(stock_model(), strength=0.96).save_pretrained(tmp_path)
     stock, info = BlipForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert all(name.startswith("vision_model.rbm.") for name in info["unexpected_keys"])
@@ -382,15 +403,17 @@ def test_from_config() -> None:
     assert all(bool(t.isfinite().all()) for t in model.state_dict().values())
     with pytest.raises(ValueError, match=r"keys among .*got \['hidden'\]"):
         RBMBlipForConditionalGeneration(config(RBMBlipConfig, rbm={"hidden": 7}))
-    old = RBMSettings.from_config({"reconstructor": "rbm", "n_hidden": 7})
-    assert old == RBMSettings(n_hidden=7)
+    # A config of release 0.1 has other keys.
+    written = {"reconstructor": "rbm", "n_hidden": 7, "cls": "skip", "gate": 0.5}
+    old = RBMSettings.from_config(written)
+    assert old == RBMSettings(n_hidden=7, cls_token="skip", strength=np.tanh(0.5))
     with pytest.raises(ValueError, match="describe an RBM, got the reconstructor 'pca'"):
         RBMSettings.from_config({"reconstructor": "pca", "n_hidden": 7})
 
 
 @pytest.mark.parametrize("kind", [BlipForConditionalGeneration, BrighterBlip])
 def test_copies(kind: Any) -> None:
-    model = put_in(stock_model(kind), gate=1.0)
+    model = put_in(stock_model(kind), strength=0.75)
     assert torch.equal(states(copy.deepcopy(model)), states(model))
     if kind is BlipForConditionalGeneration:  # a class made on the fly has no name to pickle
         assert torch.equal(states(pickle.loads(pickle.dumps(model))), states(model))
@@ -410,7 +433,7 @@ def test_lite_captioner(tmp_path: Path) -> None:
         )
     ).eval()  # fmt: skip
     features = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(4))
-    put_in(model, gate=1.0)
+    put_in(model, strength=0.75)
     expected = model.vision_model.rbm(features)
     assert torch.equal(model.vision_model(features).last_hidden_state, expected)
     model.save_pretrained(tmp_path)
@@ -428,7 +451,7 @@ def test_pipeline_from_folder(tmp_path: Path) -> None:
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
     kind = getattr(transformers, "BlipImageProcessorPil", transformers.BlipImageProcessor)
     processor = BlipProcessor(kind(size={"height": IMAGE, "width": IMAGE}), tokenizer)
-    model = put_in(stock_model(), gate=1.0)
+    model = put_in(stock_model(), strength=0.75)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
@@ -449,7 +472,7 @@ def test_pipeline_from_folder(tmp_path: Path) -> None:
 
 
 def test_training_with_autocast() -> None:
-    model = put_in(stock_model(), gate=0.5).train()
+    model = put_in(stock_model(), strength=0.45).train()
     optimizer = torch.optim.SGD(model.vision_model.rbm.parameters(), lr=0.05)
     losses = []
     for _ in range(5):
@@ -474,37 +497,112 @@ def test_apply_errors() -> None:
         assert type(model) is before
         assert not any("rbm" in name for name, _ in model.named_parameters())
 
-    refuses(TypeError, "got Linear", rbm, mean, scale, model=nn.Linear(2, 2))
-    refuses(TypeError, "must be a BlipFor.*got BlipVisionModel", rbm, mean, scale,
+    refuses(TypeError, "got Linear", rbm, model=nn.Linear(2, 2))
+    refuses(TypeError, "must be a BlipFor.*got BlipVisionModel", rbm,
             model=BlipVisionModel(config().vision_config))  # fmt: skip
-    refuses(ValueError, "rbm must have D = 16 .*got 8", gaussian_rbm(8), mean, scale)
-    refuses(ValueError, "cls_rbm must have D = 16 .*got 8", rbm, mean, scale,
-            cls="apart", cls_rbm=gaussian_rbm(8))  # fmt: skip
-    refuses(ValueError, "Gaussian visible units.*'bernoulli'", RBM(WIDTH, 3), mean, scale)
-    refuses(TypeError, "rbm must be a rbm_kernels.RBM .*got NoneType", None, mean, scale)
-    refuses(TypeError, "got Linear", nn.Linear(WIDTH, WIDTH), mean, scale)
-    refuses(ValueError, "one way", rbm, *statistics(2), cls="apart",
-            cls_rbm=RBMReconstructor(rbm, k=2))  # fmt: skip
-    refuses(ValueError, "mode must be one of", rbm, mean, scale, mode="mean-field")
-    refuses(ValueError, "k must be an int of 1 or more, got 0", rbm, mean, scale, k=0)
+    refuses(ValueError, "fitted must have D = 16 .*got 8", gaussian_rbm(8))
+    refuses(ValueError, "Gaussian visible units.*'bernoulli'", RBM(WIDTH, 3))
+    refuses(TypeError, "fitted must be a GatedResidual .*got NoneType", None)
+    refuses(TypeError, "got Linear", nn.Linear(WIDTH, WIDTH))
+    refuses(TypeError, "must be an RBMReconstructor .*got Identity",
+            GatedResidual(nn.Identity(), mean, scale))  # fmt: skip
+    refuses(ValueError, r"strength must lie in \[-1, 1\], got 1.5", rbm, 1.5)
+    refuses(ValueError, "strength must lie in .* got nan", rbm, float("nan"))
+    one, two = RBMReconstructor(rbm), RBMReconstructor(rbm, k=2)
+    refuses(ValueError, "reconstruct in one way", GatedResidual(
+        one, *statistics(2), cls_token="apart", cls_reconstructor=two))  # fmt: skip
+    patched = stock_model()
+    patched.vision_model.forward = patched.vision_model.forward
+    refuses(ValueError, "apply the RBM first", rbm, model=patched)
+
+
+def test_residual_errors() -> None:
+    mean, scale = statistics()
+    rbm = RBMReconstructor(gaussian_rbm())
+
+    def refuses(error: Any, match: str, *arguments: Any, **options: Any) -> None:
+        with pytest.raises(error, match=match):
+            GatedResidual(*arguments, **options)
+
     refuses(ValueError, r"mean must be \[D\], got \[2, 16\]", rbm, *statistics(2))
-    refuses(ValueError, r"\[2, D\] with cls='apart', got \[16\]", rbm, mean, scale,
-            cls="apart", cls_rbm=rbm)  # fmt: skip
-    refuses(ValueError, "cls_reconstructor must be given", rbm, mean, scale, cls="apart")
-    refuses(ValueError, "cls must be one of", rbm, mean, scale, cls="both")
+    refuses(ValueError, r"\[2, D\] with cls_token='apart', got \[16\]", rbm, mean, scale,
+            cls_token="apart", cls_reconstructor=rbm)  # fmt: skip
+    refuses(ValueError, "cls_reconstructor must be given", rbm, mean, scale, cls_token="apart")
+    refuses(ValueError, "cls_token must be one of", rbm, mean, scale, cls_token="both")
+    refuses(ValueError, "cls_reconstructor must have D = 16 .*got 8", rbm, *statistics(2),
+            cls_token="apart", cls_reconstructor=RBMReconstructor(gaussian_rbm(8)))  # fmt: skip
     refuses(ValueError, "scale must be positive.*0.0", rbm, mean, scale * 0)
     refuses(ValueError, "mean must be finite", rbm, mean * torch.nan, scale)
     refuses(ValueError, "D = 9 visible", rbm, mean[:9], scale[:9])
     refuses(ValueError, "one shape", rbm, mean, scale[:9])
     refuses(TypeError, "mean must be a floating-point tensor", rbm, mean.long(), scale)
-    refuses(ValueError, "gate must be finite", rbm, mean, scale, gate=float("nan"))
-    patched = stock_model()
-    patched.vision_model.forward = patched.vision_model.forward
-    refuses(ValueError, "apply the RBM first", rbm, mean, scale, model=patched)
+    refuses(ValueError, "strength must lie in", rbm, mean, scale, strength=-1.1)
+    for mode, k, match in (("mean-field", 1, "mode must be one of"), ("gibbs", 0, "k must be")):
+        with pytest.raises(ValueError, match=match):
+            RBMReconstructor(gaussian_rbm(), mode, k)
+
+
+@pytest.mark.parametrize("strength", [-1.0, -0.3, 0.0, 0.2, 1.0])
+def test_strength_is_the_share_of_the_reconstruction(strength: float) -> None:
+    residual = GatedResidual(RBMReconstructor(gaussian_rbm()), *statistics(), strength=strength)
+    assert residual.strength == pytest.approx(strength, abs=1e-7)
+    x = states(stock_model())
+    with torch.no_grad():
+        z = (x - residual.mean) / residual.scale
+        whole = residual.reconstructor(z.flatten(0, 1)).view_as(x) * residual.scale + residual.mean
+        torch.testing.assert_close(residual(x), x + strength * (whole - x))
+    shares = GatedResidual(RBMReconstructor(gaussian_rbm()))
+    shares.set_strength(strength)
+    assert shares.strength == residual.strength
+    assert torch.equal(shares.mean, torch.zeros(WIDTH)) and torch.equal(
+        shares.scale, torch.ones(WIDTH)
+    )
+
+
+@pytest.mark.parametrize("cls_token", ["shared", "skip", "apart"])
+def test_one_file_holds_all_of_what_was_fitted(cls_token: Any, tmp_path: Path) -> None:
+    residual = residual_of(cls_token, 0.3, "gibbs", k=2, seed=7).eval()
+    residual.save(tmp_path / "fitted.safetensors")
+    loaded = GatedResidual.load(tmp_path / "fitted.safetensors")
+    assert RBMSettings.of(loaded) == RBMSettings.of(residual)
+    assert not loaded.training and loaded.strength == residual.strength
+    for name, tensor in residual.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    x = states(stock_model())
+    with torch.no_grad():
+        assert torch.equal(loaded(x), residual(x))
+    residual.double().save(tmp_path / "fitted.safetensors")
+    assert GatedResidual.load(tmp_path / "fitted.safetensors").mean.dtype == torch.float64
+
+
+def test_files_of_an_rbm_are_of_features_as_they_are(tmp_path: Path) -> None:
+    rbm, (mean, scale) = gaussian_rbm(), statistics()
+    rbm.save(tmp_path / "rbm.safetensors")
+    fitted = GatedResidual.load(tmp_path / "rbm.safetensors")
+    assert torch.equal(fitted.mean, torch.zeros(WIDTH))
+    assert torch.equal(fitted.scale, torch.ones(WIDTH))
+    one, other = stock_model(), stock_model()
+    apply_rbm_to_blip(one, fitted, strength=0.4)
+    apply_rbm_to_blip(other, rbm, strength=0.4)
+    assert torch.equal(states(one), states(other))
+    # Release 0.1 wrote the statistics into the header.
+    header = {"mean": json.dumps(mean.tolist()), "scale": json.dumps(scale.tolist())}
+    rbm.save(tmp_path / "old.safetensors", metadata=header)
+    old = GatedResidual.load(tmp_path / "old.safetensors")
+    assert torch.equal(old.mean, mean) and torch.equal(old.scale, scale)
+    assert torch.equal(old.reconstructor.rbm.W, rbm.W)
+    with pytest.raises(FileNotFoundError, match="must be a model file"):
+        GatedResidual.load(tmp_path / "none.safetensors")
+    RBM(WIDTH, 3).save(tmp_path / "binary.safetensors")
+    with pytest.raises(ValueError, match="Gaussian visible units"):
+        GatedResidual.load(tmp_path / "binary.safetensors")
+    with pytest.raises(TypeError, match="must be an RBMReconstructor"):
+        GatedResidual(nn.Identity(), mean, scale).save(tmp_path / "identity.safetensors")
+    assert not (tmp_path / "identity.safetensors").exists()
 
 
 def test_applied_twice_or_never() -> None:
-    model = put_in(stock_model(), gate=1.0)
+    model = put_in(stock_model(), strength=0.75)
     expected = states(model)
     with pytest.raises(ValueError, match="has an RBM already; take it out"):
         put_in(model)

@@ -21,8 +21,8 @@ from benchmarks.captioning import cli
 from benchmarks.captioning.files import save_captioner
 from blip_integration.captioner import image_loader, load_captioner
 from blip_integration.captions import beam_candidates
-from blip_integration.fitting import Schedule, TokenStream, fit_rbm
-from blip_integration.modeling import apply_rbm_to_blip, remove_rbm_from_blip
+from blip_integration.fitting import Schedule, fit_rbm
+from blip_integration.modeling import apply_rbm_to_blip, rbm_of, remove_rbm_from_blip
 
 PROMPT = "a picture of"
 
@@ -52,16 +52,15 @@ def test_an_rbm_goes_in_and_out(name, images, tmp_path):
         states = model.vision_model(pixels).last_hidden_state
     stock = [beam_candidates(model, processor.tokenizer, pixels, beams=b, n=b) for b in (1, 3)]
 
-    fitted = fit_rbm(TokenStream(states), 32, Schedule(epochs=1))
-    rbm = fitted.reconstructor.rbm
-    apply_rbm_to_blip(model, rbm, fitted.mean, fitted.scale, gate=0.0)
+    fitted = fit_rbm(model, pixels, 32, Schedule(epochs=1))
+    apply_rbm_to_blip(model, fitted, strength=0.0)
     for lists in stock:
         beams = lists.scores.shape[1]
         now = beam_candidates(model, processor.tokenizer, pixels, beams=beams, n=beams)
         assert now.texts == lists.texts and torch.equal(now.scores, lists.scores)
 
     with torch.no_grad():
-        model.vision_model.rbm.gate.fill_(0.3)
+        rbm_of(model).set_strength(0.3)
         adjusted = model.vision_model(pixels).last_hidden_state
     assert not torch.equal(adjusted, states) and adjusted.isfinite().all()
     model.save_pretrained(tmp_path / "ours")

@@ -188,8 +188,7 @@ def test_a_process_says_captions_and_nothing_else(data, tmp_path):
     config = captioner.LiteVisionConfig(variant=0, hidden_size=width, num_hidden_layers=0)
     vision = captioner.LiteVisionModel(config)
     small = captioner.lite_blip(vision, processor.tokenizer, layers=1, heads=2)
-    ones = torch.ones(width)
-    apply_rbm_to_blip(small, RBM(width, 3, "gaussian"), 0 * ones, ones, gate=0.5)
+    apply_rbm_to_blip(small, RBM(width, 3, "gaussian"), strength=0.5)
     save_captioner(small, processor, tmp_path / "small")
     command = [sys.executable, "-m", "benchmarks.captioning", "caption", pictures(data)[0]]
     root = str(Path(blip_integration.__file__).parents[1])
@@ -222,7 +221,7 @@ def test_a_page_with_attention_to_each_word(data, model, rbm, tmp_path, capsys, 
     page = tmp_path / "new" / "page.html"
     paths = pictures(data)[:3]
     command = ["caption", *paths, "--model", str(model), "--html", str(page)]
-    command += ["--rbm", str(rbm), "--gate", "1"] if adjusted else []
+    command += ["--rbm", str(rbm), "--strength", "0.762"] if adjusted else []
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     if adjusted:
@@ -234,7 +233,7 @@ def test_a_page_with_attention_to_each_word(data, model, rbm, tmp_path, capsys, 
     assert found.pictures == 3 and found.veils == sum(len(c.split()) for c in said)
     assert all(Path(path).name in text for path in paths)
     assert ("cosine before to after" in text) == adjusted
-    assert ("share of 0.762" in text) == adjusted  # tanh(1)
+    assert ("share of 0.762" in text) == adjusted
 
 
 def test_evaluate_scores_the_captions_that_it_writes(data, model, tmp_path, no_java, capsys):
@@ -263,7 +262,7 @@ def test_evaluate_with_an_rbm_and_on_all_images(data, model, rbm, tmp_path, no_j
     pytest.importorskip("pycocoevalcap")
     out = tmp_path / "scores.json"
     command = ["evaluate", str(data), "--model", str(model), "--split", "all", "--first", "4"]
-    command += ["--rbm", str(rbm), "--gate", "2", "--beams", "1", "--out", str(out)]
+    command += ["--rbm", str(rbm), "--strength", "0.96", "--beams", "1", "--out", str(out)]
     assert cli.main(command) == 0
     said = [each["caption"] for each in json.loads(out.read_text())["captions"]]
     assert len(said) == 4 and said != expected_captions(model, pictures(data)[:4], beams=1)

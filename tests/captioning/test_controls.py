@@ -22,7 +22,7 @@ from benchmarks.captioning.controls import (
     fit_random_rbm,
     fit_shrink_to_mean,
 )
-from blip_integration.fitting import Fitted, Schedule, TokenStream, fit_rbm
+from blip_integration.fitting import Schedule, TokenStream, fit_rbm_to_tokens, reconstruction_error
 from blip_integration.gated_residual import GatedResidual
 from rbm_kernels import RBM
 
@@ -51,16 +51,16 @@ def test_shrink_to_mean(stream: TokenStream) -> None:
     fitted = fit_shrink_to_mean(stream)
     rows = stream.sample(2048, held_out=True)
     assert not fitted.reconstructor(rows).any()
-    error = fitted.history[-1]["reconstruction_error"]
+    error = reconstruction_error(fitted.reconstructor, rows)
     assert error == pytest.approx(rows.square().mean().item())
-    opened = GatedResidual(fitted.reconstructor, fitted.mean, fitted.scale, gate=20.0)
+    opened = GatedResidual(fitted.reconstructor, fitted.mean, fitted.scale, strength=1.0)
     with torch.no_grad():
         adjusted = opened(features(3))
     torch.testing.assert_close(adjusted, stream.mean.expand_as(adjusted))
 
 
 def test_random_rbm_keeps_the_weights_spread(stream: TokenStream) -> None:
-    rbm = fit_rbm(stream, 8, Schedule(epochs=1)).reconstructor.rbm
+    rbm = fit_rbm_to_tokens(stream, 8, Schedule(epochs=1)).reconstructor.rbm
     before = {name: value.clone() for name, value in rbm.state_dict().items()}
     shuffled = fit_random_rbm(stream, rbm, seed=1).reconstructor.rbm
     for name in ("W", "c"):
@@ -106,22 +106,22 @@ def test_denoising_autoencoder(stream: TokenStream) -> None:
     with torch.no_grad():
         error = (fitted.reconstructor(noisy) - clean).square().mean().item()
     assert error < 0.8 * 0.25, "no better than leaving the noise in"
-    assert fitted.history[-1]["reconstruction_error"] < 0.2
+    assert reconstruction_error(fitted.reconstructor, clean) < 0.2
 
 
 def test_costs_are_equal(stream: TokenStream) -> None:
-    def weights(fitted: Fitted) -> int:
+    def weights(fitted: GatedResidual) -> int:
         trained = fitted.reconstructor.named_parameters()
         return sum(p.numel() for name, p in trained if "log_var" not in name)
 
     schedule = Schedule(epochs=1)
-    rbm = weights(fit_rbm(stream, 8, schedule))
+    rbm = weights(fit_rbm_to_tokens(stream, 8, schedule))
     assert weights(fit_denoising_autoencoder(stream, 8, schedule)) == rbm
     assert weights(fit_linear_adapter(stream, 4, schedule)) == rbm - 8  # no hidden biases
 
 
-FITS: list[Callable[[TokenStream, Schedule], Fitted]] = [
-    lambda stream, schedule: fit_rbm(stream, 4, schedule),
+FITS: list[Callable[[TokenStream, Schedule], GatedResidual]] = [
+    lambda stream, schedule: fit_rbm_to_tokens(stream, 4, schedule),
     lambda stream, schedule: fit_denoising_autoencoder(stream, 4, schedule),
     lambda stream, schedule: fit_linear_adapter(stream, 2, schedule),
 ]
@@ -146,7 +146,7 @@ def test_all_see_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fit", FITS[1:])
-def test_seeds(fit: Callable[[TokenStream, Schedule], Fitted]) -> None:
+def test_seeds(fit: Callable[[TokenStream, Schedule], GatedResidual]) -> None:
     stream = TokenStream(features(60))
     results = []
     for seed in (0, 0, 1):
@@ -180,10 +180,10 @@ def test_a_control_stands_in_a_captioner(control: torch.nn.Module) -> None:
     width = model.config.vision_config.hidden_size
     for parameter in control.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    fitted = Fitted(control, torch.full((width,), 0.5), torch.full((width,), 2.0), [])
+    fitted = GatedResidual(control, torch.full((width,), 0.5), torch.full((width,), 2.0))
     pixels = torch.randn(2, 3, blip.SIDE, blip.SIDE)
     with torch.inference_mode():
         states = model.vision_model(pixels).last_hidden_state
-        apply_to_blip(model, fitted, gate=0.7)
-        expected = GatedResidual(control, fitted.mean, fitted.scale, gate=0.7)(states)
+        apply_to_blip(model, fitted, strength=0.6)
+        expected = GatedResidual(control, fitted.mean, fitted.scale, strength=0.6)(states)
         assert torch.equal(model.vision_model(pixels).last_hidden_state, expected)

@@ -18,7 +18,7 @@ from benchmarks.captioning.demo import DemoRow, DemoSettings, run_demo, table
 from benchmarks.captioning.scenes import check_caption, load_scenes
 from blip_integration.captioner import load_captioner
 from blip_integration.captions import Candidates
-from blip_integration.fitting import load_fitted_rbm
+from blip_integration.gated_residual import GatedResidual
 
 TINY = DemoSettings(
     scenes=20, pixels=64, width=16, epochs=1, hidden=8, beams=2, shown=2, held_out=0.4
@@ -51,8 +51,8 @@ def test_everything_is_written_and_the_same_seed_gives_the_same_table(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     model, processor = load_captioner(tmp_path / "a" / "captioner")
     assert processor.image_processor.size == {"height": 64, "width": 64}
-    rbm, mean, _ = load_fitted_rbm(tmp_path / "a" / "rbm.safetensors")
-    assert rbm.W.shape == (16, 8) and mean.shape == (16,)
+    fitted = GatedResidual.load(tmp_path / "a" / "rbm.safetensors")
+    assert fitted.reconstructor.rbm.W.shape == (16, 8) and fitted.mean.shape == (16,)
     assert model.config.vision_config.hidden_size == 16
     page = (tmp_path / "a" / "adjusted.html").read_text()
     assert page.count("<article") == 2 and "cosine before to after" in page
@@ -118,7 +118,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "fit_rbm", interrupt)
+    monkeypatch.setattr(demo, "fit_rbm_to_tokens", interrupt)
     assert (
         cli.main(["demo", "--out", str(tmp_path / "a"), "--scenes", "10", "--epochs", "1"]) == 130
     )

@@ -73,3 +73,17 @@ def tiny_blip(seed: int = 0) -> tuple[BlipForConditionalGeneration, BlipProcesso
         model = BlipForConditionalGeneration(config).eval()
     images = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     return model, BlipProcessor(images, tokenizer)
+
+
+def readme_folder(folder: Path) -> None:
+    """What the READMEs' examples find in the current folder: a captioner, and photos of its kind.
+
+    The captioner is the tiny one under the name of the real one: a folder of a name goes before the
+    hub's model of that name.
+    """
+    for part in tiny_blip():
+        part.save_pretrained(folder / "Salesforce" / "blip-image-captioning-base")
+    (folder / "photos").mkdir()
+    for i in range(12):
+        noise = Image.effect_noise((40, 40), 50).convert("RGB")
+        noise.save(folder / "photos" / f"{i}.jpg")
