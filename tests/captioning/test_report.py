@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import doctest
 import io
 import math
 import random
@@ -326,8 +325,3 @@ def test_text_can_be_read_in_both_schemes(scheme):
     ]  # fmt: skip
     for text, ground in pairs:
         assert contrast(colour[text], colour[ground]) >= 4.5, (text, ground)
-
-
-def test_docstrings():
-    result = doctest.testmod(pictures)
-    assert result.attempted > 0 and result.failed == 0
