@@ -83,8 +83,8 @@ int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c
     held.held_stride = clamp.mask_stride ? mask.stride : 0;
   }
   if (!read_states(initial, call, chain.visible)) return kStates;
-  // Gray values held still in a Bernoulli layer keep the whole chain real: the draws are put back
-  // among them after each sweep.
+  // Clamped values other than 0 and 1 in a Bernoulli layer make the states of the whole chain real:
+  // after each sweep they are put back among the draws.
   const bool gray = clamp.mask && !model.gaussian() && !chain.visible.binary();
   if (clamp.mask && model.gaussian()) {
     held.held_states = start.get();

@@ -1,5 +1,5 @@
-// What the instruction-set-specific code offers to the rest: a table of functions over plain
-// structures. isa.cpp fills one table per instruction set; dispatch.cpp chooses one at run time.
+// The functions that are compiled once for each instruction set, as a table of pointers: isa.cpp
+// fills one table per instruction set, and dispatch.cpp chooses among them at run time.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ struct Operand {
   const uint16_t* groups;
   int64_t n_groups;  // also the row stride
   int group;
-  // Binary, for the kernels that say so (binary_as_bytes), one byte a state, zero up to a multiple
+  // Binary, for instruction sets with binary_as_bytes: one byte a state, zero up to a multiple
   // of 64; whole blocks of 32 rows can be read.
   const uint8_t* bytes;
   int64_t bytes_stride;
@@ -60,7 +60,7 @@ struct HalfSweep {
   float fixed_one;
   double* softplus;  // [tiles, rows] partial sums
   double* sums;      // [rows, N] the exact integer sums themselves (tests)
-  // Units held still: packed mask, and their packed (Bernoulli) or float (Gaussian) states.
+  // Clamped units: a packed mask, and their packed (Bernoulli) or float (Gaussian) values.
   const uint8_t* held;
   int64_t held_stride;
   const uint8_t* held_bits;

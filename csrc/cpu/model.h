@@ -31,7 +31,8 @@ struct Chain {
 
   Chain(const Model& m, Temperature t, const Call& c) : model(m), call(c), temperature(t) {}
   // Draws hidden given visible (unless they are drawn already) and visible given hidden. `clamp`
-  // (may be null) has the fields held* filled in; the last sweep writes the caller's states.
+  // (may be null) is a half-sweep of which only the fields held* are set; the last sweep writes the
+  // caller's states.
   bool sweep(int64_t index, bool hidden_drawn, const HalfSweep* clamp, Output last);
 };
 

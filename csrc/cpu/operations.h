@@ -57,8 +57,8 @@ struct CdOutput {
   float* energies;  // mean free energy of the data and of the advanced chains
 };
 
-// For Gaussian units (log_var), grad_W and grad_b lack their factor 1 / s^2, which depends on more
-// than this pass knows; rbm_kernels/backends/reference.py finishes them.
+// For Gaussian units (log_var), grad_W and grad_b still lack their factor 1 / s^2 and there is no
+// gradient of log_var: the Python side finishes them from the states of both phases.
 int cd_step(const Input& v, const Matrix& W, const float* b, const float* c, int64_t k,
             const Input* chains, const float* log_var, const CdOutput& out, const Call& call);
 

@@ -47,7 +47,7 @@ struct Input {
   }
 };
 
-// The circumstances of one call.
+// What one call of an operation is told beside its arrays.
 struct Call {
   const Kernels* kernels;
   const int64_t* seed;  // seed and offset
@@ -101,7 +101,7 @@ bool make_operand(const States& states, const float* factor, const Call& call, O
 OwnedOperand make_transposed(const States& states, bool real, float scale, const Call& call,
                              double* counts);
 
-// Calls work(tile, row begin, row end) until every row of every tile is done, on so many threads.
+// Calls work(tile, row begin, row end) until every row of every tile is done, on `threads` threads.
 void for_each_part(int64_t tiles, int64_t rows, int threads,
                    const std::function<void(int64_t, int64_t, int64_t)>& work);
 // Runs one half-sweep over all tiles on the call's threads.

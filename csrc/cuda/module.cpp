@@ -25,7 +25,7 @@ Matrix matrix(Address data, int element, int64_t rows, int64_t cols, int64_t row
 }
 
 // Runs an operation twice: to learn how much memory it needs, and, with what `allocate` gave (a
-// tensor of so many bytes), to launch it.
+// tensor of that many bytes), to launch it.
 template <class Operation> int launch(int (*operation)(const Operation&, Call&), const Operation& a,
                                       Call call, const py::object& allocate) {
   const int status = operation(a, call);
@@ -143,7 +143,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("cd_step", &py_cd_step);
   m.def("regime", &regime, py::arg("rows"), py::arg("n_visible"), py::arg("n_hidden"),
         py::arg("sweeps"), py::arg("digits"), py::arg("gaussian"), py::arg("device"),
-        "How so many chains and sweeps would be run on a device, in words.");
+        "How that many chains and sweeps would be run on a device, in words.");
   m.def("device_count", &py_device_count,
         "How many CUDA devices there are, and the driver's words where there is none.");
   m.def("error_string", &error_string, py::arg("status"));

@@ -1,4 +1,5 @@
-// The machine behind emulated.h: fibers for threads, and who waits for whom.
+// The machine behind emulated.h: a fiber for each thread of a block, and the scheduler that knows
+// what each of them waits for.
 #pragma once
 
 #include <cstdint>
@@ -156,7 +157,7 @@ struct Machine {
   std::vector<std::pair<uint64_t*, Fiber*>> mbarrier_waiters;
   std::deque<Warp*> ready;  // warps with a lane that can run
   uint64_t seed, random_state;
-  Warp* favorite;  // which a random schedule lets run ahead for so many turns:
+  Warp* favorite;  // which a random schedule lets run ahead for `turns` turns
   uint64_t turns;
   std::string error;
 };

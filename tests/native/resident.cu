@@ -405,13 +405,12 @@ int main(int count, char** arguments) {
          "sm_86, Gaussian units");
   expect(chain_fits(224, 200, 2, 227 * 1024, true) && !chain_fits(256, 200, 2, 227 * 1024, true),
          "sm_90, Gaussian units");
-  expect(chain_sm90a_cluster(784, 500, 2, 227 * 1024, false) == 8,
-         "784 x 500, two digits: 8 blocks");
-  expect(chain_sm90a_cluster(784, 500, 3, 227 * 1024, false) == 16,
+  expect(smallest_cluster(784, 500, 2, 227 * 1024, false) == 8, "784 x 500, two digits: 8 blocks");
+  expect(smallest_cluster(784, 500, 3, 227 * 1024, false) == 16,
          "784 x 500, three digits: 16 blocks");
-  expect(chain_sm90a_cluster(4096, 4096, 2, 227 * 1024, false) == 0, "4096 x 4096 does not fit");
-  expect(chain_sm90a_cluster(784, 500, 2, 227 * 1024, true) == 16, "784 x 500 Gaussian units");
-  expect(chain_sm90a_cluster(512, 512, 3, 227 * 1024, true) == 16, "512 x 512 Gaussian units");
-  expect(chain_sm90a_cluster(784, 128, 3, 227 * 1024, true) == 0, "784 x 128, three digits");
+  expect(smallest_cluster(4096, 4096, 2, 227 * 1024, false) == 0, "4096 x 4096 does not fit");
+  expect(smallest_cluster(784, 500, 2, 227 * 1024, true) == 16, "784 x 500 Gaussian units");
+  expect(smallest_cluster(512, 512, 3, 227 * 1024, true) == 16, "512 x 512 Gaussian units");
+  expect(smallest_cluster(784, 128, 3, 227 * 1024, true) == 0, "784 x 128, three digits");
   return failures != 0;
 }

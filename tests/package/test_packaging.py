@@ -249,6 +249,38 @@ def test_what_cannot_be_is_an_error(tree: Path, environment: dict[str, str], wor
     assert words in result.stderr
 
 
+def test_an_editable_install_puts_the_modules_into_the_source_folder(
+    tree: Path, tmp_path: Path
+) -> None:
+    # A stand-in for the compiler: it makes empty files, and the test fast.
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'while [ $# -gt 0 ]; do case "$1" in -o|-MF) shift; : > "$1" ;; esac; shift; done\n'
+    )
+    compiler.chmod(0o755)
+    # What pip calls for `pip install -e . --no-build-isolation`.
+    build = "from setuptools import build_meta; build_meta.build_editable('dist')"
+    environment = {**NO_CUDA, "CXX": str(compiler)}
+    result = _run([sys.executable, "-c", build], tree, environment)
+    assert result.returncode == 0, result.stderr
+    assert list((tree / "rbm_kernels").glob("_cpu.*"))
+    assert json.loads((tree / "rbm_kernels" / "_build_info.json").read_text())["cpu"]["built"]
+
+    site = _unpacked(next((tree / "dist").glob("*.whl")), tmp_path / "site")
+    code = (
+        "import importlib.util, site\n"
+        f"site.addsitedir({str(site)!r})\n"
+        "for package in ('rbm_kernels', 'blip_integration'):\n"
+        "    print(importlib.util.find_spec(package).origin)\n"
+    )
+    # -S: without this environment's own packages, among which an installed copy may be.
+    result = _run([sys.executable, "-I", "-S", "-c", code], tmp_path)
+    assert result.returncode == 0, result.stderr
+    origins = [tree / package / "__init__.py" for package in ("rbm_kernels", "blip_integration")]
+    assert result.stdout.splitlines() == [str(origin) for origin in origins]
+
+
 @pytest.fixture
 def write_nvcc(tree: Path) -> Callable[[str], str]:
     """Writes a shell script that stands for nvcc and gives its path."""

@@ -1,4 +1,4 @@
-// The caller's element types.
+// Loads and stores of single elements of the caller's arrays, whatever their type.
 #pragma once
 
 #include "cuda/arch/device.h"

@@ -8,7 +8,7 @@
 namespace rbm::cuda {
 namespace {
 
-constexpr int kLoads = 8;  // of a thread before it uses the first
+constexpr int kLoads = 8;  // that a thread has in flight before it uses the first
 constexpr int kPackThreads = 512, kPackBytes = 2 * kBlock * 16;
 
 // 128 rows x 128 units a block, 32 x 32 a warp: bit `lane` of the word that the lanes vote is the

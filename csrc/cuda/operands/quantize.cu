@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kOperandThreads)
   if (threadIdx.x % 32 == 0 && most != 0) atomic_max(largest, most);
 }
 
-// A tile of 64 x 64 numbers as packed digits in shared memory, a line longer by one word than it is
-// so that both its lines and its columns are read without bank conflicts.
+// A tile of 64 x 64 numbers as packed digits in shared memory. Each row is padded by one word, so
+// that rows and columns are both read without bank conflicts.
 constexpr int kSide = 64, kPitch = kSide + 1, kTileBytes = kSide * (kPitch + 1) * 4;
 
 constexpr int kTileShare =
@@ -183,7 +183,8 @@ __global__ void __launch_bounds__(kOperandThreads) values_kernel(const ValuePlan
   write_tile(a.planes, digits, unit0, row0, words, 1, kPitch, false);
 }
 
-// A phase's rows are summed in so many parts, whoever runs them.
+// A phase's rows are summed in that many parts on every device, so that the order of the additions
+// is always the same.
 RBM_HD int64_t slabs_of(int64_t rows) {
   const int64_t slabs = (rows + 255) / 256;
   return slabs < 1 ? 1 : slabs > 64 ? 64 : slabs;

@@ -1,5 +1,5 @@
-// What the operations share: the workspace, the parameters as operands, half-sweeps from states
-// that may be real, and chains.
+// How a call of an operation is put together: its workspace, its parameters and states as operands
+// of the kernels, and the launches of half-sweeps and chains.
 #pragma once
 
 #include "cuda/operands/operands.h"
@@ -44,9 +44,9 @@ class Status {
   int first_ = 0;
 };
 
-// One call on its way: where its arrays lie and what its launches have said. An operation takes
-// first what must be zero when it starts (`count` below), then calls end_of_counters(), then takes
-// the rest, and launches only if ready().
+// One call of an operation: where its arrays lie in the workspace, and whether its launches
+// succeeded. An operation takes first the arrays that must be zero when it starts (`count` below),
+// then calls end_of_counters(), then takes the rest, and launches only if ready().
 struct CallContext {
   Call& call;
   cudaStream_t stream;
@@ -77,9 +77,10 @@ struct LayerInput {
   Pack packed;
   ValuePlanes values;
 
-  // gaussian: they are Gaussian units, which are divided by their variance.
+  // gaussian: whether they are Gaussian units, which a product takes divided by their variance.
   void count(CallContext& context, const Matrix& states, bool gaussian);
-  // space: memory for the real states' planes, where it is free until they have been used.
+  // space: planes of another array that lend their memory to the real states until those have been
+  // used; null: the states get memory of their own.
   void lay_out(CallContext& context, const Planes* space = nullptr);
   // Guards of the kernels for the one case and for the other.
   Guard if_bits() const { return kind == Kind::either ? Guard{packed.is_real, 0} : Guard{}; }
@@ -89,7 +90,8 @@ struct LayerInput {
 // factor: 1 / s^2 of Gaussian units, or null.
 void prepare(CallContext& context, LayerInput& given, const float* factor);
 
-// A half-sweep to the hidden units or to the visible ones; what is given and wanted is left open.
+// A half-sweep in one direction. The caller adds the states that it starts from and the results
+// that it wants.
 HalfSweep half_sweep_of(const CallContext& context, const Weights& weights, bool to_hidden,
                         int64_t rows, const float* bias, Temperature temperature);
 void from_bits(CallContext& context, HalfSweep h, const uint32_t* bits, Guard guard, bool hopper);

@@ -12,21 +12,21 @@
 namespace rbm::cuda {
 namespace {
 
-// The table. Its entries are estimates from counting instructions and bytes: none has been measured
-// yet. benchmarks/bench_gpu.py times the regimes against each other (RBM_KERNELS_CUDA_REGIME names
-// one); its crossings belong here.
+// From which sizes on each regime is taken. The numbers are estimates from counting instructions
+// and bytes: none has been measured yet. benchmarks/bench_gpu.py times the regimes against each
+// other (RBM_KERNELS_CUDA_REGIME names one); the sizes at which one overtakes another belong here.
 //
-// Weights in one block's shared memory: always, as a launch of their own costs small models more
-// than anything else. In a cluster's: where at least two sweeps share the loading of the weights.
-// Among clusters, the widest that still runs all chains at once, as each block has less to do then;
-// but a block should have some units of each layer.
+// Weights that fit into one block's shared memory stay there whatever the number of sweeps, as
+// small models spend most of their time on launches. Weights that fit into a cluster's stay there
+// where at least two sweeps share the time to load them. The cluster is the widest that still runs
+// all chains at once, as each block has less to do then; but a block should have some units of each
+// layer.
 //
-// Gaussian chains: in one block as above. They take wider clusters, of which few run at a time and
-// with little overlap within: for more chains than those run at once, the tiled kernels are taken
-// to be quicker.
+// Gaussian chains need wider clusters, of which few run at a time, and whose warps overlap less.
+// For more chains than those run at once, the tiled kernels are taken to be quicker.
 constexpr int64_t kClusterSweeps = 2, kBlockUnits = 16;
-// Hopper's tiles are 256 x 128: so many of them, of sums so long, or the smaller tiles of the
-// portable kernels keep more of the chip busy.
+// Hopper's kernels work on tiles of 256 x 128. With fewer tiles than these, or sums over fewer
+// terms, the smaller tiles of the portable kernels keep more of the chip busy.
 constexpr int64_t kHopperTiles = 66, kHopperTerms = 256;
 
 constexpr std::array<const char*, 4> kNames = {"resident", "cluster", "tiled", "tiled_sm90a"};
@@ -108,9 +108,9 @@ Choice choose(const Device& device, int64_t rows, int n_visible, int n_hidden, i
   int cluster = 0;
   if (hopper && allowed(Regime::cluster) && (sweeps >= kClusterSweeps || wanted >= 0)) {
     const auto at_a_time = [&](int blocks) {
-      return chain_sm90a_clusters(digits, blocks, device.shared_bytes, gaussian);
+      return clusters_at_once(digits, blocks, device.shared_bytes, gaussian);
     };
-    cluster = chain_sm90a_cluster(n_visible, n_hidden, digits, device.shared_bytes, gaussian);
+    cluster = smallest_cluster(n_visible, n_hidden, digits, device.shared_bytes, gaussian);
     const int64_t at_once = cluster > 0 ? int64_t{64} * at_a_time(cluster) : 0;
     if (at_once == 0 || (gaussian && wanted < 0 && rows > at_once)) cluster = 0;
     while (cluster > 0 && cluster < 16 && rows <= int64_t{64} * at_a_time(2 * cluster) &&

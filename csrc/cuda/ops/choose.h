@@ -9,10 +9,10 @@ struct Device {
   int capability;    // 10 * major + minor
   int shared_bytes;  // that one block can have
 };
-// A cudaError_t; what it learns is remembered.
+// Tells a device's properties, which are asked for once. Returns a cudaError_t.
 int device_of(int index, Device& out);
 
-// Makes a device current for as long as it lives.
+// Makes a device the current one until the object is destroyed.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int index);
@@ -39,11 +39,9 @@ struct Choice {
   bool hopper;  // whether single half-sweeps and gradients from bits use Hopper's instructions
 };
 
-// Throws std::invalid_argument where RBM_KERNELS_CUDA_REGIME names no regime. One that is named and
-// cannot run here leaves the choice to `tiled`.
-//
-// For chains of that many rows and sweeps, of Gaussian visible units or Bernoulli ones; 0 sweeps:
-// for a product only.
+// The kernels for chains of that many rows and sweeps or, with 0 sweeps, for a product alone. The
+// environment variable RBM_KERNELS_CUDA_REGIME overrides the choice: a regime that cannot run here
+// leaves it to `tiled`, and a name that is none throws std::invalid_argument.
 Choice choose(const Device& device, int64_t rows, int n_visible, int n_hidden, int64_t sweeps,
               int digits, bool gaussian = false);
 bool on_chip(const Choice& choice);  // whether all sweeps are one launch

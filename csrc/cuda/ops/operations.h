@@ -1,7 +1,7 @@
 // The operations of the cuda backend over raw addresses of a device. No CUDA header is needed here.
 //
 // Each puts its kernels on the call's stream and returns a cudaError_t, 0 where all were launched.
-// With no workspace nothing is launched: the call learns how many bytes it needs.
+// With no workspace nothing is launched: the call is told how many bytes it needs.
 #pragma once
 
 #include <string>
@@ -58,8 +58,8 @@ struct FreeEnergy {
 };
 int free_energy(const FreeEnergy& a, Call& call);
 
-// For Gaussian units (log_var), grad_W and grad_b lack their factor 1 / s^2, which depends on more
-// than this pass knows; rbm_kernels/backends/reference.py finishes them.
+// For Gaussian units (log_var), grad_W and grad_b still lack their factor 1 / s^2 and there is no
+// gradient of log_var: the Python side finishes them from the states of both phases.
 struct CdStep {
   Matrix v, W;
   const float* b;

@@ -126,12 +126,12 @@ RBM_DEVICE void run_slice(const Chain& a, const HalfSweepOfWarp& h, const WarpCh
 // needs that is computed piece by piece. They are written where those given to half-sweep n - 1
 // were; the wait for `free` of n - 1 is at the start of n.
 //
-// Nor does a barrier hear of a phase before the last one has ended. Between arriving at `free` for
-// n and for n + 2 a warp waits at least once for states from all blocks, which sent them after
-// arriving for n. (It need not for n and n + 1: nothing is sent at the end of a chain.) To send to
-// a block's `full` in n, it waits for `free` of n or of n - 1, at which that block arrived after it
-// had waited for the last phase of this `full`. And no phase ends while a warp still waits for the
-// one before, as it has its own part in each.
+// Nor does anything arrive at a barrier for a phase before the last one has ended. Between arriving
+// at `free` for n and for n + 2 a warp waits at least once for states from all blocks, which sent
+// them after arriving for n. (It need not for n and n + 1: nothing is sent at the end of a chain.)
+// To send to a block's `full` in n, it waits for `free` of n or of n - 1, at which that block
+// arrived after it had waited for the last phase of this `full`. And no phase ends while a warp
+// still waits for the one before, as it has its own part in each.
 template <int digits, int groups> __global__ void __launch_bounds__(groups* kGroupThreads, 1)
     chain_in_cluster(const Chain a, const BernoulliModel m) {
   if (guarded_out(a.guard)) return;
@@ -187,7 +187,7 @@ template <int digits, int groups> int launch_groups(const Chain& a, const Bernou
 
 }  // namespace
 
-int chain_sm90a_cluster(int n_visible, int n_hidden, int digits, int shared_bytes, bool gaussian) {
+int smallest_cluster(int n_visible, int n_hidden, int digits, int shared_bytes, bool gaussian) {
   if (n_visible < 1 || n_hidden < 1 || far_too_large(n_visible, n_hidden, shared_bytes)) return 0;
   for (int cluster : kClusters) {
     if (gaussian) {
@@ -202,15 +202,15 @@ int chain_sm90a_cluster(int n_visible, int n_hidden, int digits, int shared_byte
   return 0;
 }
 
-int chain_sm90a_clusters(int digits, int cluster, int shared_bytes, bool gaussian) {
+int clusters_at_once(int digits, int cluster, int shared_bytes, bool gaussian) {
   int clusters = 0, status = cudaSuccess;
   constexpr int kThreads = 2 * kGroupThreads;
   if (gaussian) {
     status = gaussian_chain_clusters(digits, cluster, shared_bytes, clusters);
   } else if (digits == 2) {
-    status = clusters_at_a_time<chain_in_cluster<2, 2>>(kThreads, cluster, shared_bytes, clusters);
+    status = count_clusters<chain_in_cluster<2, 2>>(kThreads, cluster, shared_bytes, clusters);
   } else {
-    status = clusters_at_a_time<chain_in_cluster<3, 2>>(kThreads, cluster, shared_bytes, clusters);
+    status = count_clusters<chain_in_cluster<3, 2>>(kThreads, cluster, shared_bytes, clusters);
   }
   return status == cudaSuccess ? clusters : 0;
 }

@@ -61,7 +61,7 @@ struct ClusterModel {
   unsigned shared_bytes;
 };
 
-// Lays both layers out behind the barriers of so many warpgroups; returns where they end.
+// Lays both layers out behind the barriers of `most_groups` warpgroups; returns where they end.
 template <class Barriers> unsigned lay_out_layers(ClusterModel& m, int n_visible, int n_hidden,
                                                   int digits, int cluster, int most_groups) {
   m.hidden = {n_hidden, state_words(n_visible), 0, 0};
@@ -250,7 +250,7 @@ RBM_DEVICE void exchange(const uint32_t* states, const Slice& slice, int words, 
 // How many clusters of a kernel run at a time, one block on a multiprocessor. Asked once for all
 // models.
 template <auto kernel>
-int clusters_at_a_time(int threads, int cluster, int shared_bytes, int& clusters) {
+int count_clusters(int threads, int cluster, int shared_bytes, int& clusters) {
   static std::atomic<int> known[17];
   clusters = known[cluster];
   if (clusters != 0) return cudaSuccess;
@@ -268,7 +268,7 @@ template <auto kernel, class Model> int launch_clusters(const Chain& a, const Mo
                                                         int cluster, int shared_bytes,
                                                         cudaStream_t stream) {
   int clusters = 0;
-  const int status = clusters_at_a_time<kernel>(threads, cluster, shared_bytes, clusters);
+  const int status = count_clusters<kernel>(threads, cluster, shared_bytes, clusters);
   if (status != cudaSuccess) return status;
   if (clusters == 0) return cudaErrorInvalidConfiguration;
   const int64_t needed = (a.rows + kGroupChains - 1) / kGroupChains;

@@ -198,7 +198,7 @@ RBM_DEVICE void exchange_digits(const GaussianModel& m, const ClusterWarp& c) {
   }
 }
 
-// Of four units, those that keep a value, or all of a chain's start.
+// Which of four units take a given value: the clamped ones, or all at a chain's start.
 RBM_DEVICE uint32_t taken_of_four(const Chain& a, bool start, int64_t row, int unit) {
   if (row >= a.rows) return 0;
   const int count = a.n_visible - unit;
@@ -381,8 +381,8 @@ template <int digits> RBM_DEVICE void hidden_slice(const Chain& a, const Gaussia
 }
 
 // Nothing is overwritten before it has been read, because every block sends its bytes of the scales
-// in every sweep, if it has units of a layer or not: whoever has waited for the scales of sweep n
-// knows that all blocks have sent theirs, and so are done with what came before.
+// in every sweep, whether or not it has units of a layer: whoever has waited for the scales of
+// sweep n knows that all blocks have sent theirs, and so are done with what came before.
 //
 // Digits and hidden words. They are written, by this block or another, after that block's wait for
 // the scales of n. All blocks have then read the hidden words of n - 1, to draw the visible states
@@ -390,11 +390,12 @@ template <int digits> RBM_DEVICE void hidden_slice(const Chain& a, const Gaussia
 // of n are written where those of n - 2 were, after the wait for the scales of n - 1: all blocks
 // had read those of n - 2 when they sent the ones of n - 1.
 //
-// Nor does a barrier hear of a phase before the last one has ended. What is sent to `visible` or
-// `hidden` of a block for n comes after the wait for the scales of n, which that block sent after
-// its wait for n - 1 at either. What is sent to `scales` for n comes after the wait for those of
-// n - 1, which that block sent after it had waited for those of n - 2, at the same barrier. And no
-// phase ends while a warp still waits for the one before, as it has its own part in each.
+// Nor does anything arrive at a barrier for a phase before the last one has ended. What is sent to
+// `visible` or `hidden` of a block for n comes after the wait for the scales of n, which that block
+// sent after its wait for n - 1 at either. What is sent to `scales` for n comes after the wait for
+// those of n - 1, which that block sent after it had waited for those of n - 2, at the same
+// barrier. And no phase ends while a warp still waits for the one before, as it has its own part in
+// each.
 //
 // Sweeps are counted on from one group of chains to the next, with nothing sent between them.
 template <int digits> __global__ void __launch_bounds__(kMostGroups* kGroupThreads, 1)
@@ -440,10 +441,10 @@ bool gaussian_chain_fits(int n_visible, int n_hidden, int digits, int cluster, i
 
 int gaussian_chain_clusters(int digits, int cluster, int shared_bytes, int& clusters) {
   constexpr int kThreads = kMostGroups * kGroupThreads;
-  return digits == 2 ? clusters_at_a_time<gaussian_chain_in_cluster<2>>(kThreads, cluster,
-                                                                        shared_bytes, clusters)
-                     : clusters_at_a_time<gaussian_chain_in_cluster<3>>(kThreads, cluster,
-                                                                        shared_bytes, clusters);
+  return digits == 2 ? count_clusters<gaussian_chain_in_cluster<2>>(kThreads, cluster, shared_bytes,
+                                                                    clusters)
+                     : count_clusters<gaussian_chain_in_cluster<3>>(kThreads, cluster, shared_bytes,
+                                                                    clusters);
 }
 
 int gaussian_chain_sm90a(const Chain& a, int digits, int cluster, int shared_bytes,

@@ -101,7 +101,7 @@ RBM_DEVICE void draw_units(uint32_t (&bits)[2][(groups + 1) / 2], const LayerDra
   }
 }
 
-// Puts the units that keep a value back into a word of drawn visible states.
+// Puts the clamped units' values into a word of drawn visible states.
 RBM_DEVICE uint32_t keep_held(const Chain& a, int64_t row, int word, uint32_t drawn) {
 #pragma unroll 1
   for (int i = 0; i < 32 && 32 * word + i < a.n_visible; ++i) {

@@ -30,8 +30,9 @@ struct HalfSweep {
   uint64_t half_sweep;   // the draw is of half-sweep offset + half_sweep
   const float* log_var;  // [units], of Gaussian units
 
-  // Units that keep a value: mask[row * mask_stride + unit] (a stride of 0: the same for all rows).
-  // Values may be real, so `states` is float32 then; bits hold whether a value is not 0.
+  // Clamped units: where mask[row * mask_stride + unit] is set (a stride of 0: one mask for all
+  // rows), a unit takes its value from `held` in place of a draw. Values may be real, so `states`
+  // is float32 then, and bits tell whether a value is not 0.
   const uint8_t* mask;
   int64_t mask_stride;
   const void* held;
