@@ -144,6 +144,11 @@ class RBM(
         kind = KINDS[self.visible]
         return kind(*(getattr(self, name) for name in kind.parameter_names))
 
+    @property
+    def _kind(self) -> dict[str, Any]:
+        """The keywords by which a function knows the visible units."""
+        return {"log_var": self.log_var, "visible": self.visible}
+
     @torch.no_grad()
     def initialize_from_data(self, v: Tensor) -> Self:
         """Set the visible biases (and log-variances) to those of independent units fitted to data.
@@ -223,7 +228,7 @@ class RBM(
 
     def free_energy(self, v: Tensor, **options: Any) -> Tensor:
         """Free energies F(v) [B] of data [B, V]; see :func:`rbm_kernels.free_energy`."""
-        return free_energy(v, self.W, self.b, self.c, log_var=self.log_var, **options)
+        return free_energy(v, self.W, self.b, self.c, **self._kind, **options)
 
     def cd_loss(
         self, v: Tensor, k: int = 1, *, chains: Tensor | None = None, **options: Any
@@ -239,16 +244,14 @@ class RBM(
         Returns:
             A 0-dim tensor. It is no measure of learning: watch the log-likelihood.
         """
-        return cd_loss(v, self.W, self.b, self.c, k, chains=chains, log_var=self.log_var, **options)
+        return cd_loss(v, self.W, self.b, self.c, k, chains=chains, **self._kind, **options)
 
     def cd_step(
         self, v: Tensor, k: int = 1, *, chains: Tensor | None = None, **options: Any
     ) -> CDStep:
         """Gradients and advanced chains without autograd; see :func:`rbm_kernels.cd_step`."""
         with torch.no_grad():
-            return cd_step(
-                v, self.W, self.b, self.c, k, chains=chains, log_var=self.log_var, **options
-            )
+            return cd_step(v, self.W, self.b, self.c, k, chains=chains, **self._kind, **options)
 
     @torch.no_grad()
     def sample(
@@ -288,22 +291,20 @@ class RBM(
                 if name in options
             }
             off = self.W.new_zeros(n, self.n_hidden)
-            drawn = sample_visible(off, self.W, self.b, log_var=self.log_var, seed=seed, **start)
+            drawn = sample_visible(off, self.W, self.b, **self._kind, seed=seed, **start)
             assert isinstance(drawn, Tensor)
             chains, seed = drawn, _later(seed, 1)
-        return gibbs_sample(
-            chains, self.W, self.b, self.c, k, log_var=self.log_var, seed=seed, **options
-        )
+        return gibbs_sample(chains, self.W, self.b, self.c, k, **self._kind, seed=seed, **options)
 
     @torch.no_grad()
     def sample_hidden(self, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         """States of the hidden units [B, H] given v; see :func:`rbm_kernels.sample_hidden`."""
-        return sample_hidden(v, self.W, self.c, log_var=self.log_var, **options)
+        return sample_hidden(v, self.W, self.c, **self._kind, **options)
 
     @torch.no_grad()
     def sample_visible(self, h: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         """States of the visible units [B, V] given h; see :func:`rbm_kernels.sample_visible`."""
-        return sample_visible(h, self.W, self.b, log_var=self.log_var, **options)
+        return sample_visible(h, self.W, self.b, **self._kind, **options)
 
     def extra_repr(self) -> str:
         return f"n_visible={self.n_visible}, n_hidden={self.n_hidden}, visible={self.visible!r}"

@@ -98,7 +98,6 @@ def cd_step(
         The gradients of W, b, c and of the units' own parameters, and the states v_k.
     """
     p_data = hidden_mean(v, W, c, units)
-    state = v if chains is None else chains
     p = p_data if chains is None else hidden_mean(chains, W, c, units)
     for _ in range(k):
         h = hidden.sample(p)  # of the p that is known already

@@ -49,6 +49,7 @@ def ais(
     c: Tensor,
     log_var: Tensor | None = None,
     *,
+    visible: str | None = None,
     base_visible_bias: Tensor | None = None,
     base_log_var: Tensor | None = None,
     n_chains: int = 128,
@@ -71,6 +72,7 @@ def ais(
         b: [V].
         c: [H].
         log_var: [V] for Gaussian visible units.
+        visible: The kind of visible units, as for the operations.
         base_visible_bias: [V], the base model's visible bias b0, best ``log_odds(data)``, or the
             data's mean for Gaussian units; b by default.
         base_log_var: [V], the base model's log-variance for Gaussian units, best the data's;
@@ -90,7 +92,7 @@ def ais(
         ValueError: A wrong shape, parameters that are not finite, ``n_chains`` below 1, or
             ``betas`` that do not rise from 0 to 1.
     """
-    path = _Path.check("ais", W, b, c, log_var, base_visible_bias, base_log_var)
+    path = _Path.check("ais", W, b, c, log_var, visible, base_visible_bias, base_log_var)
     schedule = _schedule("ais", betas)
     if n_chains < 1:
         raise ValueError(f"ais: n_chains must be at least 1, got {n_chains}")
@@ -98,7 +100,14 @@ def ais(
     off = path.W.new_zeros(n_chains, path.W.shape[1])
     W0, b0, _, units = path.parameters(0.0)
     drawn = sample_visible(
-        off, W0, b0, log_var=units.log_var, seed=state, backend=backend, precision=precision
+        off,
+        W0,
+        b0,
+        log_var=units.log_var,
+        visible=units.kind,
+        seed=state,
+        backend=backend,
+        precision=precision,
     )
     assert isinstance(drawn, Tensor)
     v = drawn
@@ -118,6 +127,7 @@ def reverse_ais(
     c: Tensor,
     log_var: Tensor | None = None,
     *,
+    visible: str | None = None,
     base_visible_bias: Tensor | None = None,
     base_log_var: Tensor | None = None,
     betas: int | Sequence[float] | Tensor = 2000,
@@ -142,8 +152,8 @@ def reverse_ais(
         The estimate as by ``ais``; ``log_weights`` has a value of log Z from each chain, and
         ``log_z`` is minus the log of the mean of exp(-log_weights).
     """
-    path = _Path.check("reverse_ais", W, b, c, log_var, base_visible_bias, base_log_var)
-    _checks.rows("reverse_ais", v, W)
+    path = _Path.check("reverse_ais", W, b, c, log_var, visible, base_visible_bias, base_log_var)
+    _checks.rows("reverse_ais", v, W, path.units)
     schedule = _schedule("reverse_ais", betas)
     if v.shape[0] < 1:
         raise ValueError("reverse_ais: v must have at least one row, got an empty batch")
@@ -209,10 +219,11 @@ class _Path:
         b: Tensor,
         c: Tensor,
         log_var: Tensor | None,
+        visible: str | None,
         base_b: Tensor | None,
         base_log_var: Tensor | None,
     ) -> _Path:
-        units = _checks.parameters(where, W, b, c, log_var)
+        units = _checks.parameters(where, W, b, c, log_var, visible)
         base_units = units if base_log_var is None else visible_units(base_log_var)
         if type(base_units) is not type(units):
             raise ValueError(f"{where}: base_log_var is for Gaussian units: give log_var too")
@@ -236,7 +247,16 @@ class _Path:
         """The chains [N, V] after one sweep at an inverse temperature."""
         W, b, c, units = self.parameters(beta)
         return gibbs_sample(
-            v, W, b, c, 1, log_var=units.log_var, seed=state, backend=backend, precision=precision
+            v,
+            W,
+            b,
+            c,
+            1,
+            log_var=units.log_var,
+            visible=units.kind,
+            seed=state,
+            backend=backend,
+            precision=precision,
         )
 
     def log_ratio(self, v: Tensor, before: float, after: float) -> Tensor:

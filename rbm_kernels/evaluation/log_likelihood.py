@@ -27,6 +27,7 @@ def log_likelihood(
     log_z: Tensor | float,
     log_var: Tensor | None = None,
     *,
+    visible: str | None = None,
     chunk: int = 4096,
 ) -> Tensor:
     """log p(v) = -F(v) - log Z of every row, in float64 (a density for Gaussian units).
@@ -38,6 +39,7 @@ def log_likelihood(
         c: [H].
         log_z: From ``log_partition_exact``, or ``ais(...).log_z``.
         log_var: [V] for Gaussian visible units.
+        visible: The kind of visible units, as for the operations.
         chunk: Rows at a time.
 
     Returns:
@@ -46,8 +48,8 @@ def log_likelihood(
     Raises:
         ValueError: A wrong shape, or parameters that are not finite.
     """
-    W, b, c, units = _checks.in_float64("log_likelihood", W, b, c, log_var)
-    _checks.rows("log_likelihood", v, W)
+    W, b, c, units = _checks.in_float64("log_likelihood", W, b, c, log_var, visible)
+    _checks.rows("log_likelihood", v, W, units)
     energies = torch.cat([free_energy(rows.double(), W, b, c, units) for rows in v.split(chunk)])
     return -energies - torch.as_tensor(log_z, dtype=torch.float64, device=W.device)
 

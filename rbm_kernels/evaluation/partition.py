@@ -19,6 +19,7 @@ def log_partition_exact(
     c: Tensor,
     log_var: Tensor | None = None,
     *,
+    visible: str | None = None,
     chunk: int = 2**18,
     max_units: int = 25,
 ) -> Tensor:
@@ -32,6 +33,7 @@ def log_partition_exact(
         b: [V].
         c: [H].
         log_var: [V] for Gaussian visible units, whose hidden layer is then enumerated.
+        visible: The kind of visible units, as for the operations.
         chunk: Elements of the working array; more is not faster once it has left the cache.
         max_units: The largest number of units that is enumerated.
 
@@ -47,7 +49,11 @@ def log_partition_exact(
         >>> log_partition_exact(W, W.new_zeros(3), W.new_zeros(2)).exp()  # 2^3 * 2^2 states
         tensor(32.0000, dtype=torch.float64)
     """
-    W, b, c, units = _checks.in_float64("log_partition_exact", W, b, c, log_var)
+    W, b, c, units = _checks.in_float64("log_partition_exact", W, b, c, log_var, visible)
+    constant = W.new_zeros(())
+    if (change := units.change) is not None:
+        constant, units = change.free_energy(b), change.units
+        W, b, c = change.model(W, b, c)
     n_visible, n_hidden = W.shape
     binary = isinstance(units, Bernoulli)
     enumerate_visible = binary and n_visible < n_hidden
@@ -78,7 +84,7 @@ def log_partition_exact(
         for bias, field in zip(states @ c[low_bits:], states @ W.T[low_bits:], strict=True):
             totals.append((low_bias + bias + other_layer(field)).logsumexp(0))
         totals = [torch.stack(totals).logsumexp(0)]
-    return totals[0]
+    return totals[0] - constant
 
 
 def _log_sum(low: Tensor, W_high: Tensor, b: Tensor, units: Units) -> Callable[[Tensor], Tensor]:

@@ -32,6 +32,7 @@ def pseudo_likelihood(
     b: Tensor,
     c: Tensor,
     *,
+    visible: str | None = None,
     units: str = "all",
     generator: torch.Generator | None = None,
     chunk: int = 2**22,
@@ -42,10 +43,11 @@ def pseudo_likelihood(
     unit i is flipped.
 
     Args:
-        v: [B, V] of zeros and ones, any dtype.
+        v: [B, V] of zeros and ones, any dtype, or of the two values of such units.
         W: [V, H].
         b: [V].
         c: [H].
+        visible: The kind of visible units, as for the operations.
         units: ``"all"`` evaluates every unit exactly, in O(B V H). ``"random"`` evaluates one
             random unit of each row, whose value times V estimates the total without bias, in
             O(B (V + H)) after one product.
@@ -56,13 +58,15 @@ def pseudo_likelihood(
         Totals and, for ``"all"``, every unit's value.
 
     Raises:
-        ValueError: A wrong shape, unknown ``units``, or values other than 0 and 1, for which it is
-            not defined.
+        ValueError: A wrong shape, unknown ``units``, or values other than the two that a unit
+            takes.
     """
-    W, b, c, _ = _checks.in_float64("pseudo_likelihood", W, b, c)
-    _checks.rows("pseudo_likelihood", v, W)
+    W, b, c, kind = _checks.in_float64("pseudo_likelihood", W, b, c, None, visible)
+    _checks.rows("pseudo_likelihood", v, W, kind)
     if units not in ("all", "random"):
         raise ValueError(f"pseudo_likelihood: units must be 'all' or 'random', got {units!r}")
+    if (binary := kind.change) is not None:
+        v, (W, b, c) = binary.states(v), binary.model(W, b, c)
     v = v.double()
     if not ((v == 0) | (v == 1)).all():
         raise ValueError("pseudo_likelihood: v must hold only 0 and 1, got other values")

@@ -52,11 +52,19 @@ def transposed(op: str, W: Tensor, visible: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{op}: W must be [V, H] = {expected}, got {list(W.shape)}")
 
 
-def model(op: str, v: Tensor, W: Tensor, b: Tensor, c: Tensor, log_var: Tensor | None) -> Model:
+def model(
+    op: str,
+    v: Tensor,
+    W: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_var: Tensor | None,
+    visible: str | None,
+) -> Model:
     """Visible states and the parameters of a whole RBM."""
     weight(op, W)
     n_visible, n_hidden = W.shape
-    units = visible_units(log_var)
+    units = visible_units(log_var, visible, op)
     try:
         states(op, "v", v, n_visible, "V", W)
         vector(op, "b", b, n_visible, "V", W)
@@ -65,6 +73,7 @@ def model(op: str, v: Tensor, W: Tensor, b: Tensor, c: Tensor, log_var: Tensor |
     except ValueError:
         transposed(op, W, b, c)
         raise
+    units.check(op, "v", v)
     return Model(W, b, c, units)
 
 
@@ -164,12 +173,12 @@ def _sign(drawn: Units | None) -> str:
 
 
 def state_dtype(op: str, out_dtype: torch.dtype | None, W: Tensor, units: Units) -> torch.dtype:
-    """dtype of returned states: W's unless asked for; continuous units are floating point."""
+    """dtype of returned states: W's unless asked for; bytes cannot hold all kinds of state."""
     if out_dtype is None:
         return W.dtype
     if out_dtype not in _STATES:
         raise TypeError(f"{op}: out_dtype must be a float dtype, uint8 or bool, got {out_dtype}")
-    if units.continuous and not out_dtype.is_floating_point:
+    if not (units.fits_bytes or out_dtype.is_floating_point):
         raise TypeError(
             f"{op}: out_dtype of {units.label} units must be a float dtype, got {out_dtype}"
         )

@@ -53,6 +53,7 @@ def cd_step(
     *,
     chains: Tensor | None = None,
     log_var: Tensor | None = None,
+    visible: str | None = None,
     out: tuple[Tensor, ...] | None = None,
     accumulate: bool = False,
     seed: seeds.Seed | None = None,
@@ -75,6 +76,8 @@ def cd_step(
         k: Gibbs sweeps, at least 1.
         chains: [N, V] persistent chains, N at least 1, not changed; None starts the chains from v.
         log_var: [V] log-variances; given exactly when the visible units are Gaussian.
+        visible: the kind of visible units, by its name in docs/units.md; None means Gaussian units
+            where ``log_var`` is given and Bernoulli units otherwise.
         out: buffers (grad_W, grad_b, grad_c[, grad_log_var]) to write the gradients into.
         accumulate: add to `out` instead of overwriting it.
         seed: int, (seed, offset), or int64[2] tensor whose offset is advanced by 2k.
@@ -101,15 +104,26 @@ def cd_step(
         tensor([1., 1., 1.])
     """
     op = "cd_step"
-    model = _check(op, v, W, b, c, k, chains, log_var)
+    model = _check(op, v, W, b, c, k, chains, log_var, visible)
     if out is not None:
         _check_out(op, out, W, model.units)
     elif accumulate:
         raise ValueError(f"{op}: accumulate=True needs out=, got None")
     draw = _checks.draw(op, W, 1.0, seed, generator, chain_offset, precision)
-    results = run(_STEP, backend, v, model, k, chains, draw, out=out, accumulate=accumulate)
+    buffers, start = out, chains
+    if (change := model.units.change) is not None:
+        # Gradients must be changed back before they reach the caller's buffers.
+        buffers, start = None, None if chains is None else change.states(chains)
+        v, model = change.states(v), Model(*change.model(W, b, c), change.units)
+    results = run(_STEP, backend, v, model, k, start, draw, out=buffers, accumulate=accumulate)
     grads, (advanced, energies) = results[:-2], results[-2:]
     grads = grads[: 3 + len(model.units.parameter_names)]
+    if change is not None:
+        grads = change.gradients(*grads)
+        if out is None:
+            grads = tuple(grad.to(W.dtype) for grad in grads)
+        advanced = change.restored(advanced).to(W.dtype if chains is None else chains.dtype)
+        energies = energies + change.free_energy(b)
     if out is not None and grads[0] is not out[0]:
         grads = _write(out, grads, accumulate)
     seeds.advance(seed, 2 * k)
@@ -126,6 +140,7 @@ def cd_loss(
     *,
     chains: Tensor | None = None,
     log_var: Tensor | None = None,
+    visible: str | None = None,
     seed: seeds.Seed | None = None,
     generator: torch.Generator | None = None,
     chain_offset: int = 0,
@@ -147,14 +162,19 @@ def cd_loss(
         0-dim tensor, float32.
     """
     op = "cd_loss"
-    model = _check(op, v, W, b, c, k, chains, log_var)
+    model = _check(op, v, W, b, c, k, chains, log_var, visible)
     if chains is not None and chains.requires_grad:
         raise ValueError(f"{op}: chains are advanced in place and must not require grad")
     draw = _checks.draw(op, W, 1.0, seed, generator, chain_offset, precision)
+    start = chains
+    if (change := model.units.change) is not None:
+        start = None if chains is None else change.states(chains)
+        v, model = change.states(v), Model(*change.model(W, b, c), change.units)
     record = needs_grad(W, b, c, log_var)
-    loss, *_, advanced = run(_LOSS, backend, v, model, k, chains, draw, record=record)
+    loss, *_, advanced = run(_LOSS, backend, v, model, k, start, draw, record=record)
     if chains is not None:
-        chains.copy_(advanced.detach())
+        advanced = advanced.detach()
+        chains.copy_(advanced if change is None else change.restored(advanced))
     seeds.advance(seed, 2 * k)
     result: Tensor = loss
     return result
@@ -169,13 +189,14 @@ def _check(
     k: int,
     chains: Tensor | None,
     log_var: Tensor | None,
+    visible: str | None,
 ) -> Model:
-    model = _checks.model(op, v, W, b, c, log_var)
+    model = _checks.model(op, v, W, b, c, log_var, visible)
     if v.shape[0] == 0:
         raise ValueError(f"{op}: v must have at least one row to average over, got {list(v.shape)}")
     if chains is not None:
         _checks.states(op, "chains", chains, W.shape[0], "V", W)
-        if model.units.continuous and not chains.is_floating_point():
+        if not (model.units.fits_bytes or chains.is_floating_point()):
             raise TypeError(
                 f"{op}: chains of {model.units.label} units must be floating point, "
                 f"got {chains.dtype}"
@@ -184,6 +205,7 @@ def _check(
             raise ValueError(
                 f"{op}: chains must have at least one row to average over, got {list(chains.shape)}"
             )
+        model.units.check(op, "chains", chains)
     _checks.sweeps(op, k)
     return model
 

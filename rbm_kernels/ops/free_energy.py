@@ -21,6 +21,7 @@ def free_energy(
     c: Tensor,
     *,
     log_var: Tensor | None = None,
+    visible: str | None = None,
     beta: float | Tensor = 1.0,
     backend: str | None = None,
     precision: str | None = None,
@@ -29,7 +30,8 @@ def free_energy(
 
     Bernoulli visible units: F = -beta b'v - sum_j softplus(beta (c_j + v'W_j)); note that this is
     not beta F_1. Gaussian ones (log_var given): F = beta sum_i (v_i - b_i)^2 / (2 s_i^2)
-    - sum_j softplus(beta (c_j + (v / s^2)'W_j)).
+    - sum_j softplus(beta (c_j + (v / s^2)'W_j)). docs/units.md has the equations of all
+    kinds of visible units.
 
     Args:
         v: [B, V] visible states: bool, uint8 or floating point, binary or real.
@@ -37,6 +39,8 @@ def free_energy(
         b: [V] visible biases.
         c: [H] hidden biases.
         log_var: [V] log-variances of Gaussian visible units.
+        visible: the kind of visible units, by its name in docs/units.md; None means Gaussian units
+            where ``log_var`` is given and Bernoulli units otherwise.
         beta: inverse temperature, one number or [B].
         backend: "auto" (default), "reference", "cpu", "triton" or "cuda".
         precision: "highest", "high" or "medium". float64 weights are computed in float64.
@@ -56,13 +60,18 @@ def free_energy(
         tensor([-4.3863])
     """
     op = "free_energy"
-    model = _checks.model(op, v, W, b, c, log_var)
+    model = _checks.model(op, v, W, b, c, log_var, visible)
     beta = _checks.temperature(op, beta, v.shape[0], W)
     value, betas = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
+    if (change := model.units.change) is not None:
+        v, model = change.states(v), Model(*change.model(W, b, c), change.units)
     energy: Tensor = run(
         _FREE_ENERGY, backend, v, model, value, betas, digits_of(op, precision),
-        record=needs_grad(v, W, b, c, log_var),
+        record=needs_grad(v, *model[:3], log_var),
     )  # fmt: skip
+    if change is not None:
+        factor = beta.to(energy.dtype) if isinstance(beta, Tensor) else beta
+        energy = energy + factor * change.free_energy(b).to(energy.dtype)
     return energy
 
 

@@ -21,6 +21,7 @@ def gibbs_sample(
     k: int = 1,
     *,
     log_var: Tensor | None = None,
+    visible: str | None = None,
     beta: float | Tensor = 1.0,
     clamp: Tensor | tuple[Tensor, Tensor] | None = None,
     out_dtype: torch.dtype | None = None,
@@ -39,6 +40,8 @@ def gibbs_sample(
         c: [H] hidden biases.
         k: sweeps, at least 1.
         log_var: [V] log-variances; given exactly when the visible units are Gaussian.
+        visible: the kind of visible units, by its name in docs/units.md; None means Gaussian units
+            where ``log_var`` is given and Bernoulli units otherwise.
         beta: inverse temperature of the chains, one number or [B]: each chain samples
             exp(-beta E(v, h)).
         clamp: units to hold still, for conditional sampling and in-painting: a bool mask [V] or
@@ -66,15 +69,20 @@ def gibbs_sample(
         tensor([[1., 0., 1.]])
     """
     op = "gibbs_sample"
-    model = _checks.model(op, v, W, b, c, log_var)
+    model = _checks.model(op, v, W, b, c, log_var, visible)
     _checks.sweeps(op, k)
     dtype = _checks.state_dtype(op, out_dtype, W, model.units)
     beta = _checks.temperature(op, beta, v.shape[0], W, model.units)
     mask, values = _clamp(op, clamp, v)
+    if values is not None:
+        model.units.check(op, "clamp's values", values)
     draw = _checks.draw(op, W, beta, seed, generator, chain_offset, precision)
+    if (change := model.units.change) is not None:
+        v, model = change.states(v), Model(*change.model(W, b, c), change.units)
+        values = None if values is None else change.states(values)
     states: Tensor = run(_GIBBS, backend, v, model, k, draw, mask, values, dtype)
     seeds.advance(seed, 2 * k)
-    return states
+    return states if change is None else change.restored(states)
 
 
 def _clamp(

@@ -21,6 +21,7 @@ class _Options(TypedDict, total=False):
     """The keywords of both functions that do not change what they return."""
 
     log_var: Tensor | None
+    visible: str | None
     beta: Beta
     out_dtype: torch.dtype | None
     seed: seeds.Seed | None
@@ -53,6 +54,7 @@ def sample_hidden(
     c: Tensor,
     *,
     log_var: Tensor | None = None,
+    visible: str | None = None,
     beta: Beta = 1.0,
     return_probs: bool = False,
     out_dtype: torch.dtype | None = None,
@@ -70,6 +72,8 @@ def sample_hidden(
         c: [H] hidden biases.
         log_var: [V] log-variances; given exactly when the visible units are Gaussian, and then
             (v / s^2)'W_j takes the place of v'W_j.
+        visible: the kind of visible units, by its name in docs/units.md; None means Gaussian units
+            where ``log_var`` is given and Bernoulli units otherwise.
         beta: inverse temperature, one number or float32 [B].
         return_probs: also return the probabilities, differentiable in v, W, c and log_var.
         out_dtype: dtype of the states; W's by default, uint8 and bool also serve.
@@ -96,7 +100,7 @@ def sample_hidden(
         tensor([[1., 1., 1., 1.],
                 [1., 1., 1., 1.]])
     """
-    op, units = "sample_hidden", visible_units(log_var)
+    op, units = "sample_hidden", visible_units(log_var, visible, "sample_hidden")
     _checks.weight(op, W)
     try:
         _checks.states(op, "v", v, W.shape[0], "V", W)
@@ -105,6 +109,7 @@ def sample_hidden(
     except ValueError:
         _checks.transposed(op, W, v, c)
         raise
+    units.check(op, "v", v)
     return _sample(
         _HIDDEN, v, Layer(W, c, units, _BERNOULLI), beta, return_probs, out_dtype, seed, generator,
         chain_offset, backend, precision,
@@ -134,6 +139,7 @@ def sample_visible(
     b: Tensor,
     *,
     log_var: Tensor | None = None,
+    visible: str | None = None,
     beta: Beta = 1.0,
     return_probs: bool = False,
     out_dtype: torch.dtype | None = None,
@@ -146,7 +152,8 @@ def sample_visible(
     """Draw the visible units given the hidden ones.
 
     Bernoulli units are on with probability sigmoid(beta (b_i + W_i h)); Gaussian units (log_var
-    given) are Normal(b_i + W_i h, s_i^2 / beta).
+    given) are Normal(b_i + W_i h, s_i^2 / beta). docs/units.md has the
+    equations of all kinds of visible units.
 
     Args:
         h: [B, H] hidden states: bool, uint8 or floating point, binary or real.
@@ -158,7 +165,7 @@ def sample_visible(
 
     The other arguments, errors and the order of results are those of ``sample_hidden``.
     """
-    op, units = "sample_visible", visible_units(log_var)
+    op, units = "sample_visible", visible_units(log_var, visible, "sample_visible")
     _checks.weight(op, W)
     try:
         _checks.states(op, "h", h, W.shape[1], "H", W)
@@ -194,12 +201,20 @@ def _sample(
     dtype = _checks.state_dtype(name, out_dtype, W, layer.drawn)
     beta = _checks.temperature(name, beta, given.shape[0], W, layer.drawn)
     draw = _checks.draw(name, W, beta, seed, generator, chain_offset, precision)
+    if (change := layer.given.change) is not None:
+        given = change.states(given)
+        layer = Layer(*change.hidden_layer(W, layer.bias), change.units, layer.drawn)
+    if (drawn := layer.drawn.change) is not None:
+        seen, bias = drawn.visible_layer(W.t(), layer.bias)
+        layer = Layer(seen.t(), bias, layer.given, drawn.units)
     record = return_probs and needs_grad(
-        given, W, layer.bias, layer.given.log_var, layer.drawn.log_var
+        given, layer.W, layer.bias, layer.given.log_var, layer.drawn.log_var
     )
     states, probs = run(op, backend, given, layer, draw, return_probs, dtype, record=record)
     seeds.advance(seed, 1)
-    return (states, probs) if return_probs else states
+    if drawn is not None:
+        states, probs = drawn.restored(states), drawn.restored(probs) if return_probs else None
+    return (states, probs.to(W.dtype)) if return_probs else states
 
 
 def _body(

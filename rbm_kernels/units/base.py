@@ -34,6 +34,67 @@ def tempered(x: Tensor, beta: Beta) -> Tensor:
     return x if isinstance(beta, float) and beta == 1.0 else per_row(beta) * x
 
 
+def _wide(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """Half precision in float32, which holds it exactly: changed parameters are rounded once."""
+    return tuple(p.to(torch.promote_types(p.dtype, torch.float32)) for p in parameters)
+
+
+class Change(ABC):
+    """An exact change of parameters onto units that the kernels know.
+
+    Units that have one need no kernel: an operation changes what it is given, runs, and changes
+    its results back. Everything is plain, differentiable PyTorch.
+
+    Attributes:
+        units: The units that the kernels see.
+    """
+
+    units: ClassVar[Units]
+
+    def model(self, W: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """W, b and c as the kernels see them."""
+        W, b, c = _wide(W, b, c)
+        return self.weights(W), self.visible_bias(b), self.hidden_bias(c, W)
+
+    def hidden_layer(self, W: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """W and c as the kernels see them."""
+        W, c = _wide(W, c)
+        return self.weights(W), self.hidden_bias(c, W)
+
+    def visible_layer(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """W and b as the kernels see them."""
+        W, b = _wide(W, b)
+        return self.weights(W), self.visible_bias(b)
+
+    @abstractmethod
+    def weights(self, W: Tensor) -> Tensor:
+        """The weights [V, H] that the kernels see, float32 or wider as W."""
+
+    @abstractmethod
+    def visible_bias(self, b: Tensor) -> Tensor:
+        """The visible bias [V] that the kernels see."""
+
+    @abstractmethod
+    def hidden_bias(self, c: Tensor, W: Tensor) -> Tensor:
+        """The hidden bias [H] that the kernels see."""
+
+    @abstractmethod
+    def free_energy(self, b: Tensor) -> Tensor:
+        """What F(v) has more than the free energy that the kernels see, 0-dim, at beta = 1."""
+
+    @abstractmethod
+    def states(self, v: Tensor) -> Tensor:
+        """The states [B, V] that the kernels see; NaN, which they refuse, for impossible ones."""
+
+    @abstractmethod
+    def restored(self, states: Tensor) -> Tensor:
+        """The states, or their means, that those of the kernels stand for."""
+
+    @abstractmethod
+    def gradients(self, grad_W: Tensor, grad_b: Tensor, grad_c: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of W, b and c, given those that the kernels see."""
+
+
 class Units(ABC):
     """A layer of visible units: what depends on their kind, and nothing else.
 
@@ -51,8 +112,10 @@ class Units(ABC):
     Attributes:
         kind: The name by which a model file and ``RBM(visible=...)`` know these units.
         label: The name in error messages.
-        continuous: Whether states are real numbers. Their dtype must then be a float dtype, and
-            an inverse temperature must be positive.
+        continuous: Whether states are real numbers; an inverse temperature must then be positive.
+        fits_bytes: Whether bool and uint8 can hold the states; otherwise only a float dtype can.
+        change: How the operations make of these units others that the kernels know, or None where
+            the kernels know these.
         parameter_names: The names of the parameters that this kind has beside W, b and c.
         log_var: [V] log-variances for kernels that draw from a normal distribution, else None.
     """
@@ -62,6 +125,8 @@ class Units(ABC):
     kind: ClassVar[str]
     label: ClassVar[str]
     continuous: ClassVar[bool] = False
+    fits_bytes: ClassVar[bool] = False
+    change: ClassVar[Change | None] = None
     parameter_names: ClassVar[tuple[str, ...]] = ()
     log_var: Tensor | None
 

@@ -31,6 +31,7 @@ class Bernoulli(Units):
 
     kind = "bernoulli"
     label = "Bernoulli"
+    fits_bytes = True
     log_var = None
 
     @classmethod
