@@ -38,8 +38,8 @@ X86 = ("x86_64", "AMD64", "amd64")
 
 # The instruction sets that csrc/cpu/isa.cpp is compiled for: name, machines, flags. RBM_ISA_<NAME>
 # tells that compilation which it is; RBM_HAVE_<NAME> tells all sources what was built, among which
-# csrc/cpu/dispatch.cpp chooses at run time. The
-# emulated AMX lets a processor without it test everything but the tile instructions themselves.
+# csrc/cpu/dispatch.cpp chooses at run time. The emulated AMX lets a processor without it test
+# everything but the tile instructions themselves.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mbmi2"]
 ISAS: list[tuple[str, tuple[str, ...], list[str]]] = [
     ("amx", X86, [*AVX512, "-mamx-tile", "-mamx-int8"]),

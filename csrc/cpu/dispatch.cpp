@@ -1,4 +1,4 @@
-// Which instruction set runs.
+// Chooses the instruction set: the widest that was built and that this processor runs.
 #include <cstring>
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>

@@ -1,4 +1,4 @@
-// Which kernels run a chain and its products.
+// Chooses the kernels of a chain and of its products, by the device and the sizes.
 #pragma once
 
 #include "cuda/arch/device.h"

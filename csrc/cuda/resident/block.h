@@ -1,4 +1,4 @@
-// What the kernels share whose chains have the weights in the shared memory of their block.
+// What the kernels of chains in one block share, whatever their visible units are.
 #pragma once
 
 #include "cuda/resident/warp.h"
@@ -6,7 +6,7 @@
 namespace rbm::cuda {
 
 constexpr int kBlockWarps = 16;
-// Words of a step's real states, one each.
+// Words of a step's real states: one for each unit and chain.
 constexpr int kStepValues = 32 * kWarpChains;
 
 // Shared memory: the digits of both layers' weights as planes of whole groups of 16 rows and whole
