@@ -1,7 +1,8 @@
-"""BLIP's three training losses: contrast (ITC), matching (ITM) and language modelling (LM).
+"""BLIP's three training losses: image-text contrast, image-text matching and language modeling.
 
-Li, Li, Xiong and Hoi 2022, BLIP, https://arxiv.org/abs/2201.12086, section 3.2. All are computed
-in float32 or wider, whatever the inputs' type.
+They are those of Li, Li, Xiong and Hoi, "BLIP" (2022, https://arxiv.org/abs/2201.12086, section
+3.2), there called ITC, ITM and LM. Every loss is a scalar tensor, computed in float32 or wider
+whatever the dtype of its inputs.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Added to the probabilities that negatives are drawn with, as in BLIP's own code: where the
-# softmax has underflowed there is still something to draw.
-_FLOOR = 1e-4
+# BLIP's own code adds this to the probabilities of negatives, so that something can be drawn where
+# the softmax has underflowed.
+_LEAST_PROBABILITY = 1e-4
 
 
 def itc_loss(
@@ -25,24 +26,26 @@ def itc_loss(
     one_way: bool = False,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Image-text contrastive loss on cosine similarities (InfoNCE).
+    """Contrast every image with every text of a batch by their cosines (InfoNCE).
 
-    -1/N sum_i log softmax_j(cos(image_i, text_j) / temperature)[i], averaged with the same of texts
-    to images (Radford et al. 2021, CLIP).
+    From images to texts the loss is the mean over i of
+    ``-log softmax_j(cos(image_i, text_j) / temperature)`` at j = i. By default it is averaged with
+    the same loss from texts to images, as in Radford et al., "CLIP" (2021,
+    https://arxiv.org/abs/2103.00020).
 
     Args:
-        image: [N, D], any lengths: they are normalized here.
-        text: [N, D], row i belongs to row i of `image`.
-        temperature: positive; a tensor may be learned.
-        one_way: only from images to texts.
-        groups: [N] integers; pairs of the same group (captions of one image) are positives of each
-            other, with equal shares of the target.
+        image: Features [N, D] of any length; they are normalized here.
+        text: Features [N, D], of which row i belongs to row i of ``image``.
+        temperature: A positive number, or a tensor [], which may be learned.
+        one_way: Whether only the loss from images to texts is wanted.
+        groups: Integers [N]. Pairs of one group, such as the captions of one image, are positives
+            of each other with equal shares of the target. By default every pair is a group.
 
     Returns:
-        The mean over the batch, a scalar.
+        The mean over the batch.
 
     Raises:
-        ValueError: shapes that differ, a temperature that is not positive (checked if a number).
+        ValueError: The shapes differ, or the temperature is a number that is not positive.
 
     Example:
         >>> same = torch.eye(4)
@@ -63,15 +66,18 @@ def itc_loss(
 def contrastive_loss(
     scores: Tensor, *, one_way: bool = False, groups: Tensor | None = None
 ) -> Tensor:
-    """The contrastive loss of any scores, such as an energy model's; see ``itc_loss``.
+    """Contrast images with texts as ``itc_loss`` does, by any scores, such as an energy model's.
 
     Args:
-        scores: [N, N], image i with text j; higher is better.
-        one_way: only from images (rows) to texts.
-        groups: [N]; see ``itc_loss``.
+        scores: The score [N, N] of image i with text j, of which the higher is the better.
+        one_way: Whether only the loss from images (rows) to texts is wanted.
+        groups: Integers [N], as in ``itc_loss``.
 
     Returns:
-        A scalar.
+        The mean over the batch.
+
+    Raises:
+        ValueError: The scores are not square, or ``groups`` does not fit them.
     """
     _check_square("contrastive_loss", scores, groups)
     scores = _wide(scores)
@@ -87,21 +93,23 @@ def contrastive_loss(
 def hard_negatives(
     scores: Tensor, *, groups: Tensor | None = None, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw a wrong text for each image and a wrong image for each text, likelier if similar.
+    """Draw a wrong text for each image and a wrong image for each text, similar ones likelier.
 
-    The probabilities are the softmax of the scores over the other groups (BLIP; Li et al. 2021,
-    ALBEF, https://arxiv.org/abs/2107.07651, section 3.2).
+    The probabilities are the softmax of the scores over the other groups, as in Li et al., "ALBEF"
+    (2021, https://arxiv.org/abs/2107.07651, section 3.2).
 
     Args:
-        scores: [N, N], image i with text j, already divided by the temperature; N at least 2.
-        groups: [N]; none of an image's own captions is drawn. See ``itc_loss``.
-        generator: of any device; draws happen on it. None takes PyTorch's own.
+        scores: The score [N, N] of image i with text j, divided by the temperature already.
+        groups: Integers [N], as in ``itc_loss``; no pair is drawn within a group.
+        generator: Where the random numbers come from; the draws happen on its device. By default
+            it is PyTorch's own.
 
     Returns:
-        (texts for the images, images for the texts): [N] indices each.
+        The texts for the images and the images for the texts, as indices [N] each.
 
     Raises:
-        ValueError: no negatives: one pair only, or all of one group.
+        ValueError: There are no negatives, because all pairs are of one group or there is only one.
+            Also as in ``contrastive_loss``.
     """
     _check_square("hard_negatives", scores, groups)
     own = _same_group(scores, groups)
@@ -114,7 +122,7 @@ def hard_negatives(
     device = scores.device if generator is None else generator.device
 
     def draw(logits: Tensor) -> Tensor:
-        weights = (logits.softmax(1) + _FLOOR).masked_fill(own, 0.0)
+        weights = (logits.softmax(1) + _LEAST_PROBABILITY).masked_fill(own, 0.0)
         drawn = torch.multinomial(weights.to(device), 1, generator=generator)
         return drawn.squeeze(1).to(scores.device)
 
@@ -128,20 +136,21 @@ def itm_loss(
     groups: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Image-text matching loss: true pairs against hard negatives, two of these for each.
+    """Tell the true pairs of a batch from wrong ones, of which there are two hard ones for each.
 
     Args:
-        match: takes image indices [M] and text indices [M] into the batch and returns the logits
-            [M, 2] of these pairs, column 1 for "they match". It is called once, with M = 3 N.
-        scores: [N, N], the similarities that negatives are drawn by; see ``hard_negatives``.
-        groups: [N]; see ``itc_loss``.
-        generator: see ``hard_negatives``.
+        match: A function from indices of images [M] and of texts [M] in the batch to the logits
+            [M, 2] of these pairs, of which column 1 stands for "they match". It is called once,
+            with M = 3 N.
+        scores: The scores [N, N] by which the negatives are drawn; see ``hard_negatives``.
+        groups: Integers [N], as in ``itc_loss``.
+        generator: As in ``hard_negatives``.
 
     Returns:
-        The mean cross-entropy over the 3 N pairs, a scalar; the chance level is ln 2.
+        The mean cross-entropy over the 3 N pairs, which is ln 2 where ``match`` knows nothing.
 
     Raises:
-        ValueError: no negatives, or logits of another shape.
+        ValueError: ``match`` returns another shape. Also as in ``hard_negatives``.
     """
     wrong_texts, wrong_images = hard_negatives(scores, groups=groups, generator=generator)
     index = torch.arange(len(scores), device=scores.device)
@@ -165,23 +174,24 @@ def lm_loss(
     label_smoothing: float = 0.0,
     reduction: str = "token",
 ) -> Tensor:
-    """Cross-entropy of each next token given those before it.
+    """Predict each next token from those before it, by cross-entropy in nats.
 
-    The position t of the logits predicts the label t + 1, as in transformers' decoders.
+    Position t of the logits predicts label t + 1, as in the decoders of transformers.
 
     Args:
-        logits: [B, T, V].
-        labels: [B, T] tokens of the same text, its start included; -100 is left out.
-        pad: a token whose positions are left out too. transformers does not do it by itself.
-        label_smoothing: in [0, 1); BLIP was trained with 0.1.
-        reduction: "token" for the mean over predicted tokens, "sequence" for the sum over a
-            sequence, averaged over the batch.
+        logits: Unnormalized log-probabilities [B, T, V].
+        labels: Tokens [B, T] of the same texts with their starts. Those that are -100 are left out.
+        pad: A token that is left out too, which transformers does not do by itself.
+        label_smoothing: The share in [0, 1) of the target that is spread evenly over all tokens.
+            BLIP was trained with 0.1.
+        reduction: "token" for the mean over the predicted tokens, or "sequence" for the mean over
+            the batch of the sums over a text.
 
     Returns:
-        A scalar; 0 where there is no token to predict.
+        The reduced loss, which is 0 where there is no token to predict.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown reduction.
+        ValueError: The shapes do not fit, or the reduction is unknown.
     """
     if logits.ndim != 3 or logits.shape[:2] != labels.shape:
         raise ValueError(
@@ -217,7 +227,7 @@ def _check_square(name: str, scores: Tensor, groups: Tensor | None) -> None:
 
 
 def _same_group(scores: Tensor, groups: Tensor | None) -> Tensor:
-    """[N, N]; True where text j belongs to image i."""
+    """Whether text j belongs to the group of image i, as a boolean [N, N]."""
     if groups is None:
         return torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     groups = groups.to(scores.device)
