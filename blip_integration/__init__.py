@@ -1,8 +1,8 @@
 """Restricted Boltzmann machines between the encoder and the decoder of BLIP captioners.
 
 ``fit_rbm`` fits an RBM to the features of a captioner's images, ``apply_rbm_to_blip`` puts it into
-the captioner, ``train_joint`` trains both together, and an ``RBMReranker`` lets a joint RBM of
-images and words choose among a captioner's candidates. The command line is ``rbm-caption``.
+the captioner, an ``RBMBlipTrainer`` trains both together, and an ``RBMReranker`` lets a joint RBM
+of images and words choose among a captioner's candidates. The command line is ``rbm-caption``.
 Everything needs ``pip install 'rbm-kernels[blip]'``.
 """
 
@@ -12,12 +12,14 @@ from typing import Any
 _HOMES = {
     "BlipReranker": "rerank",
     "Candidates": "captions",
+    "CaptionPairs": "objective",
     "GatedResidual": "gated_residual",
     "JointRBM": "joint_rbm",
-    "JointSettings": "joint",
     "RBMBlipConfig": "modeling",
     "RBMBlipForConditionalGeneration": "modeling",
     "RBMBlipVisionModel": "modeling",
+    "RBMBlipTrainer": "trainer",
+    "RBMBlipTrainingArguments": "trainer",
     "RBMReconstructor": "gated_residual",
     "RBMReranker": "rerank",
     "TokenStream": "fitting",
@@ -34,7 +36,6 @@ _HOMES = {
     "open_image": "captioner",
     "rbm_of": "modeling",
     "remove_rbm_from_blip": "modeling",
-    "train_joint": "joint",
 }
 __all__ = sorted(_HOMES)
 

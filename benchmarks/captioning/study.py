@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,18 +23,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BlipForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import (
+    BlipForConditionalGeneration,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from blip_integration import fitting
 from blip_integration.captioner import open_image
 from blip_integration.captions import Candidates, beam_candidates
 from blip_integration.gated_residual import GatedResidual, RBMReconstructor
-from blip_integration.joint import JointSettings, train_joint
-from blip_integration.joint_objective import CaptionPairs
 from blip_integration.modeling import rbm_of
+from blip_integration.objective import CaptionPairs
 from blip_integration.ranker_training import CaptionBags, PairTraining
 from blip_integration.rerank import PairReranker, RBMReranker, choose_weight, combined_scores
+from blip_integration.trainer import RBMBlipTrainer, RBMBlipTrainingArguments
 
 from .attention_maps import word_attention
 from .controls import (
@@ -430,7 +436,8 @@ def joint_runs(study: Study) -> Iterator[Run]:
     """
     if not isinstance(study.model.vision_model, LiteVisionModel):
         return  # cached features do not pass through other vision models
-    lm = {"itc": 0.0, "itm": 0.0, "cd": 0.0}
+    lm = {"itc_weight": 0.0, "itm_weight": 0.0, "cd_weight": 0.0}
+    every = {"itc_weight": 0.1, "itm_weight": 0.1, "cd_weight": 0.01}
     for seed in study.seeds:
         fits = adjustments(study, seed)
         ways: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -438,9 +445,9 @@ def joint_runs(study: Study) -> Iterator[Run]:
             "linear adapter, LM": ("linear adapter", lm),
             "denoising autoencoder, LM": ("denoising autoencoder", lm),
             "RBM, LM": ("RBM", lm),
-            "RBM, LM + CD": ("RBM", {**lm, "cd": 0.01}),
-            "RBM, LM + ITC + ITM + CD": ("RBM", {"itc": 0.1, "itm": 0.1, "cd": 0.01}),
-            "RBM and decoder, LM + CD": ("RBM", {**lm, "cd": 0.01, "freeze": "vision"}),
+            "RBM, LM + CD": ("RBM", {**lm, "cd_weight": 0.01}),
+            "RBM, LM + ITC + ITM + CD": ("RBM", every),
+            "RBM and decoder, LM + CD": ("RBM", {**lm, "cd_weight": 0.01, "freeze": "vision"}),
         }
         for name, (behind, terms) in ways.items():
             title = f"train: {name}"
@@ -468,11 +475,10 @@ def _joint(
         CaptionPairs(study.train[part], [captions[i] for i in part.tolist()])
         for part in (rows[rows % 10 != 0], rows[rows % 10 == 0])
     )
-    settings = JointSettings(batch=128, epochs=study.joint_epochs, seed=seed, **terms)
-    result = train_joint(model, study.tokenizer, learned, deciding, settings, progress=False)
+    best_epoch = _train(study, model, learned, deciding, seed, terms)
     residual = rbm_of(model.eval())
     changed = replace(study, model=model)
-    found: dict[str, Any] = {"best_epoch": result.best_epoch}
+    found: dict[str, Any] = {"best_epoch": best_epoch}
     if residual is None:
         everyone = torch.arange(len(study.val))
         loss = mean_loss(image_losses(changed))
@@ -487,6 +493,30 @@ def _joint(
     run = adjusted(changed, title, seed, residual_at, parameters, LEARNED_SHARES)
     run.settings |= found
     return run
+
+
+def _train(
+    study: Study,
+    model: BlipForConditionalGeneration,
+    learned: CaptionPairs,
+    deciding: CaptionPairs,
+    seed: int,
+    terms: dict[str, Any],
+) -> int:
+    """Train a captioner in place; returns the epoch whose weights it keeps."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = RBMBlipTrainingArguments(
+            folder, per_device_train_batch_size=128, per_device_eval_batch_size=128, seed=seed,
+            num_train_epochs=study.joint_epochs, disable_tqdm=True, **terms,
+        )  # fmt: skip
+        trainer = RBMBlipTrainer(
+            model, args, train_dataset=learned, eval_dataset=deciding, tokenizer=study.tokenizer,
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    updates = trainer.state.max_steps // study.joint_epochs
+    return (trainer.state.best_global_step or 0) // updates
 
 
 # Re-rankers: models of pairs of an image and a caption, each with about as many weights.

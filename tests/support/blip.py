@@ -40,7 +40,9 @@ def draw_data(folder: Path, train: int = 6, val: int = 3) -> Path:
     return file
 
 
-def tiny_blip(seed: int = 0) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
+def tiny_blip(
+    seed: int = 0, initializer_range: float = 0.5
+) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
     """Stock BLIP of two small layers, with pictures of 32 x 32 in 16 patches."""
     tokenizer = word_tokenizer(CAPTIONS, min_count=1)
     config = BlipConfig(
@@ -52,7 +54,7 @@ def tiny_blip(seed: int = 0) -> tuple[BlipForConditionalGeneration, BlipProcesso
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "max_position_embeddings": 32,
-            "initializer_range": 0.5,
+            "initializer_range": initializer_range,
             "bos_token_id": tokenizer.bos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
             "sep_token_id": tokenizer.sep_token_id,
@@ -65,7 +67,7 @@ def tiny_blip(seed: int = 0) -> tuple[BlipForConditionalGeneration, BlipProcesso
             "num_attention_heads": 2,
             "image_size": SIDE,
             "patch_size": SIDE // 4,
-            "initializer_range": 0.5,
+            "initializer_range": initializer_range,
         },
     )
     with torch.random.fork_rng():
