@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rbm_kernels import arithmetic, benchmark
+from rbm_kernels import arithmetic
+from rbm_kernels.cli import bench_table as bench
 
 SHAPE = (512, 784, 1024)
 
@@ -83,7 +84,7 @@ def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
     spread = ", ".join(
         f"{kind} {found[kind]['largest weight / spread']['value']:.0f}" for kind in kinds
     )
-    return f"Largest weight over spread: {spread}.\n\n{benchmark.markdown(columns, rows)}"
+    return f"Largest weight over spread: {spread}.\n\n{bench.markdown(columns, rows)}"
 
 
 if __name__ == "__main__":

@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import products
 from gpu_timing import Call, Device, Operands, ceilings, floor_seconds, interleave
+from tables import environment as host_environment
 from torch import Tensor
+from work import flops, least_bytes, unit_updates
 
 import rbm_kernels
-from rbm_kernels import benchmark as bench
+from rbm_kernels import textbook
 from rbm_kernels.backends import cuda
+from rbm_kernels.cli import bench_table as bench
 
-HERE = Path(__file__).parent
 REGIME = "RBM_KERNELS_CUDA_REGIME"
 MNIST_UPDATES = 97_500  # 130 epochs of 60,000 images in batches of 80
 
@@ -129,10 +132,10 @@ class Line:
 
 
 def naive(case: bench.Case) -> Variant:
-    """The plain PyTorch way, of rbm_kernels/benchmark.py."""
+    """The plain PyTorch way, rbm_kernels/textbook.py."""
     if case.operation == "gibbs_sample":
-        return lambda o: lambda: bench.naive_gibbs(*o.model, case.k)
-    return lambda o: lambda: bench.naive_cd_step(*o.model, case.k)
+        return lambda o: lambda: textbook.gibbs_sample(*o.model, case.k)
+    return lambda o: lambda: textbook.cd_step(*o.model, case.k)
 
 
 def ours(case: bench.Case, backend: str, precision: str) -> Variant:
@@ -171,20 +174,15 @@ def bare_products(case: bench.Case) -> Variant:
     def variant(o: Operands) -> Call:
         v, W = o.v.bfloat16(), o.W.bfloat16()
         h, grad = v.new_zeros(case.batch, case.n_hidden), torch.zeros_like(W)
-        run = bench.products(case.operation, case.k)
+        run = products(case.operation, case.k)
         return lambda: run(v, W, h, grad)
 
     return variant
 
 
-def naive_cd_1(v: Tensor, W: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-    """What torch.compile is given."""
-    return bench.naive_cd_step(v, W, b, c, 1)
-
-
 def compiled(device: Device, mode: str, precision: str, capture: bool) -> Variant:
     """torch.compile of the naive step; with `capture`, in a CUDA graph that copies no inputs."""
-    function = torch.compile(naive_cd_1, mode=mode, dynamic=False)
+    function = torch.compile(textbook.cd_step, mode=mode, dynamic=False)
 
     def variant(o: Operands) -> Call:
         run = at_precision(precision, lambda: function(*o.model))
@@ -268,7 +266,7 @@ def sampling(device: Device, sizes: Sizes, seconds: float) -> Line:
     variants = {"naive": naive(case), "naive TF32": in_tf32(naive(case))}
     measure(line, device, variants | our_variants(line, device), seconds)
     for name, timing in line.timings.items():
-        line.figures[name] = {"unit updates per ns": case.unit_updates / timing.p50 * 1e-9}
+        line.figures[name] = {"unit updates per ns": unit_updates(case) / timing.p50 * 1e-9}
     for precision, goal in (("high", 300.0), ("highest", 180.0)):
         for backend in device.backends:
             rate = line.figures.get(f"{backend} {precision}", {}).get("unit updates per ns")
@@ -312,7 +310,7 @@ def large_steps(device: Device, sizes: Sizes, seconds: float) -> Line:
     }
     measure(line, device, variants | our_variants(line, device), seconds)
     for name, timing in line.timings.items():
-        line.figures[name] = {"TFLOP/s": case.flops / timing.p50 * 1e-12}
+        line.figures[name] = {"TFLOP/s": flops(case) / timing.p50 * 1e-12}
     for backend in device.backends:
         high, highest = f"{backend} high", f"{backend} highest"
         line.aim(f"{high}: of bf16 products' speed", line.ratio(high, ["bf16 products"]), 0.75)
@@ -366,7 +364,7 @@ def training(device: Device, sizes: Sizes, seconds: float) -> Line:
         batch, parameters, chains, optimizer = state()
 
         def step() -> None:
-            *gradients, advanced = bench.naive_cd_step(batch, *parameters, case.k, chains)
+            gradients, advanced = textbook.cd_step(batch, *parameters, case.k, chains=chains)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             chains.copy_(advanced)
@@ -388,7 +386,7 @@ def training(device: Device, sizes: Sizes, seconds: float) -> Line:
             device.seconds(calls, 5)
             rows = max(count // 20, 1)
             taken = [device.seconds(calls, rows) for _ in range(count // rows)]
-            line.timings[name] = bench.summarise(taken)
+            line.timings[name] = bench.summarize(taken)
             measured = rows * sum(taken)
             line.figures[name] = {
                 "measured updates": float(rows * len(taken)),
@@ -474,9 +472,9 @@ def record(line: Line, rates: Mapping[str, float]) -> dict[str, Any]:
     """A line as it is written to the JSON."""
     return {
         **asdict(line),
-        "flops": line.case.flops,
-        "least_bytes": line.case.least_bytes,
-        "unit_updates": line.case.unit_updates,
+        "flops": flops(line.case),
+        "least_bytes": least_bytes(line.case),
+        "unit_updates": unit_updates(line.case),
         "floor_seconds": floor_seconds(line.case, rates),
         "targets": [{**asdict(target), "met": target.met} for target in line.targets],
     }
@@ -509,7 +507,7 @@ def table(line: Line, rates: Mapping[str, float]) -> str:
 
 def environment(device: Device) -> dict[str, str]:
     """What the figures were measured on."""
-    found = bench.environment(HERE)
+    found = host_environment()
     if device.gpu:
         properties = torch.cuda.get_device_properties(device.name)
         found |= {

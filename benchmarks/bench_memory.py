@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rbm_kernels import benchmark as bench
+from rbm_kernels.cli import bench_table as bench
 
 SHAPES = ((512, 784, 1024), (1024, 2048, 2048))
 VARIANTS = ("naive", "high", "highest")
@@ -34,11 +34,11 @@ def peak_bytes(variant: str, shape: tuple[int, int, int]) -> int:
     small = bench.Case("cd_step", 8, 16, 16)
     with bench.torch_settings(2):
         for case in (small, bench.Case("cd_step", *shape)):
-            variants, *_ = bench.build_variants(case, compile=False, probe=False)
+            calls = bench.build_variants(case, compile=False, probe=False).calls
             if case is not small:
                 before = _status("VmRSS")
                 Path("/proc/self/clear_refs").write_text("5")
-            result = variants[variant]()
+            result = calls[variant]()
         after = _status("VmHWM")
         del result
     return after - before

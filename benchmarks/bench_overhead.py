@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rbm_kernels
-from rbm_kernels import benchmark as bench
+from rbm_kernels.cli import bench_table as bench
 
 
 class Stopwatch:
@@ -52,7 +52,7 @@ def split(call, module, monkeypatch, rounds=2000):
             watch.seconds = 0.0
             call()
             inside.append(watch.seconds)
-    return bench.summarise(whole), bench.summarise(inside)
+    return bench.summarize(whole), bench.summarize(inside)
 
 
 def bench_overhead(benchmark, report, monkeypatch):

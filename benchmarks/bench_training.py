@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import typing
 from dataclasses import asdict
 
 import pytest
 import torch
+from baselines import naive_training, rbms_training, scikit_learn_training
 
 import rbm_kernels
-from rbm_kernels import benchmark as bench
+from rbm_kernels.cli import bench_table as bench
 
 BATCH, HIDDEN, BATCHES, RATE = 128, 500, 4, 0.05
 
@@ -27,7 +27,7 @@ def start(images):
     torch.manual_seed(0)
     model = rbm_kernels.RBM.from_data(images, HIDDEN)
     chains = (torch.rand(BATCH, images.shape[1]) < 0.2).float()
-    return [p.detach().clone() for p in (model.W, model.b, model.c)], chains
+    return tuple(p.detach().clone() for p in (model.W, model.b, model.c)), chains
 
 
 def ours(images, batches, precision):
@@ -49,68 +49,9 @@ def ours(images, batches, precision):
     return run
 
 
-def naive(images, batches, draw):
-    """The naive step, and the same SGD."""
-    parameters, chains = start(images)
-    optimizer = torch.optim.SGD(parameters, lr=RATE)
-
-    def run():
-        nonlocal chains
-        for batch in batches:
-            *gradients, chains = bench.naive_cd_step(batch, *parameters, 1, chains, draw)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-
-    return run
-
-
-def scikit_learn(images, batches):
-    """BernoulliRBM.partial_fit in float32, which it keeps."""
-    module = pytest.importorskip("sklearn.neural_network")
-    model = module.BernoulliRBM(HIDDEN, learning_rate=RATE, batch_size=BATCH, random_state=0)
-    arrays = [batch.numpy() for batch in batches]
-
-    def run():
-        for array in arrays:
-            model.partial_fit(array)
-
-    return run
-
-
-def rbms(images, batches):
-    """The calls of rbms' own training loop, without its progress bar and checkpoints.
-
-    Uncentered, since the others are, which also saves it work. rbms 0.6.0 asks for Python 3.12;
-    all it misses in 3.11 is typing.override.
-    """
-    if not hasattr(typing, "override"):
-        import typing_extensions
-
-        typing.override = typing_extensions.override
-    from rbms.bernoulli_bernoulli.classes import BBRBM
-
-    (W, b, c), chains = start(images)
-    model = BBRBM(weight_matrix=W, vbias=b, hbias=c)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, maximize=True)
-    state = model.init_chains(num_samples=BATCH, start_v=chains)
-    weights = torch.ones(BATCH)
-
-    def run():
-        nonlocal state
-        for batch in batches:
-            data = model.init_chains(num_samples=BATCH, weights=weights, start_v=batch)
-            state = model.sample_state(chains=state, n_steps=1)
-            model.compute_gradient(data=data, chains=state, centered=False)
-            optimizer.step()
-
-    return run
-
-
 def bench_training(compare, report, seconds):
     """Four batches a call, each variant on its own copy of the parameters."""
+    pytest.importorskip("sklearn")
     images = load_images()
     batches = list(images[torch.randperm(len(images))[: BATCH * BATCHES]].split(BATCH))
     variants = {
@@ -118,17 +59,19 @@ def bench_training(compare, report, seconds):
         "rbm-kernels, highest": ours(images, batches, "highest"),
     }
     ways = {
-        "torch.rand < p": naive(images, batches, bench.draw_rand),
-        "torch.bernoulli": naive(images, batches, bench.draw_bernoulli),
+        name: naive_training(*start(images), batches, RATE, units)
+        for name, units in bench.DRAWS.items()
     }
     tried = bench.interleave(ways, seconds=0.3, min_rounds=3)
     best = min(ways, key=lambda way: tried[way].p50)
     variants[f"naive PyTorch ({best})"] = ways[best]
     name = f"scikit-learn {importlib.metadata.version('scikit-learn')} BernoulliRBM"
-    variants[name] = scikit_learn(images, batches)
+    variants[name] = scikit_learn_training(HIDDEN, batches, RATE)
     missing = []
     try:
-        variants[f"rbms {importlib.metadata.version('rbms')}"] = rbms(images, batches)
+        variants[f"rbms {importlib.metadata.version('rbms')}"] = rbms_training(
+            *start(images), batches, RATE
+        )
     except ImportError as error:  # PackageNotFoundError is one too
         missing.append(f"rbms was not measured: {error}")
     timings = compare(variants, "rbm-kernels, high", budget=max(seconds, 3 * min(seconds, 2.0)))

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tables import Report
 
-from rbm_kernels import benchmark as bench
+from rbm_kernels.cli import bench_table as bench
 
 HERE = Path(__file__).parent
 THREADS = 2
-
-
-@dataclass
-class Report:
-    """What the benchmarks found: tables to print and data to keep, by section."""
-
-    tables: dict[str, list[str]] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    results: list[bench.Result] = field(default_factory=list)
-
-    def table(self, title: str, text: str) -> None:
-        """Add a table, or a line, under a title."""
-        self.tables.setdefault(title, []).append(text)
 
 
 _REPORT = pytest.StashKey[Report]()
@@ -97,7 +83,7 @@ def compare(benchmark: Any, seconds: float) -> Callable[..., dict[str, bench.Tim
         benchmark.pedantic(variants[ours], setup=setup, rounds=rounds, iterations=1)
         if benchmark.stats is not None:  # None under --benchmark-disable
             samples[ours] = list(benchmark.stats.stats.data)
-        timings = {name: bench.summarise(taken) for name, taken in samples.items() if taken}
+        timings = {name: bench.summarize(taken) for name, taken in samples.items() if taken}
         benchmark.extra_info["median_seconds"] = {name: t.p50 for name, t in timings.items()}
         return timings
 
@@ -105,41 +91,15 @@ def compare(benchmark: Any, seconds: float) -> Callable[..., dict[str, bench.Tim
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the tables and write the JSON."""
-    found = config.stash[_REPORT]
-    if found.results:
-        backend = found.results[0].backend
-        found.tables = {
-            "Operations": [bench.header(backend, THREADS), bench.results_table(found.results)],
-            **found.tables,
-        }
-    if not found.tables:
+    """Print the tables and write the files."""
+    report = config.stash[_REPORT]
+    sections = report.sections(THREADS)
+    if not sections:
         return
-    for title, texts in found.tables.items():
+    for title, texts in sections.items():
         terminalreporter.write_sep("=", title)
         for text in texts:
             terminalreporter.write_line(text + "\n")
     path: Path = config.getoption("--results")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "environment": bench.environment(HERE),
-        "settings": {"threads": THREADS, "seconds": config.getoption("--seconds")},
-        "operations": [
-            {
-                **asdict(result),
-                "ratios": {
-                    f"{precision} vs {against}": result.ratio(precision, against)
-                    for precision in bench.PRECISIONS
-                    for against in ("naive", "compile", "naive medium", "products")
-                },
-            }
-            for result in found.results
-        ],
-        **found.data,
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    path.with_suffix(".md").write_text(
-        "\n\n".join(f"## {title}\n\n" + "\n\n".join(texts) for title, texts in found.tables.items())
-        + "\n"
-    )
+    report.write(path, {"threads": THREADS, "seconds": config.getoption("--seconds")})
     terminalreporter.write_line(f"written: {path} and {path.with_suffix('.md').name}")

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from work import flops, least_bytes
 
-from rbm_kernels import benchmark as bench
+from rbm_kernels.cli import bench_table as bench
 
 SAMPLE_SECONDS = 5e-3  # short calls are timed in rows that take at least this long
 
@@ -94,7 +95,7 @@ class Device:
 
     def sets(self, case: bench.Case) -> list[Operands]:
         """As many operands as three L2 caches hold, so that none of them is found there."""
-        count = math.ceil(3 * self.l2_bytes / case.least_bytes)
+        count = math.ceil(3 * self.l2_bytes / least_bytes(case))
         return [Operands.make(case, self.name, i) for i in range(min(max(count, 1), 64))]
 
     def peak_bytes(self, call: Call) -> int:
@@ -131,7 +132,7 @@ def interleave(
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             samples[name].append(device.seconds(calls[name], repeat[name]))
-    return {name: bench.summarise(taken) for name, taken in samples.items()}
+    return {name: bench.summarize(taken) for name, taken in samples.items()}
 
 
 def ceilings(device: Device, copy_bytes: int, n: int) -> dict[str, float]:
@@ -161,6 +162,6 @@ def ceilings(device: Device, copy_bytes: int, n: int) -> dict[str, float]:
 def floor_seconds(case: bench.Case, rates: Mapping[str, float]) -> float:
     """No bf16 implementation is faster: products at the measured rate, or bytes at a copy's."""
     return max(
-        case.flops / rates["bf16 operations per second"],
-        case.least_bytes / rates["copy bytes per second"],
+        flops(case) / rates["bf16 operations per second"],
+        least_bytes(case) / rates["copy bytes per second"],
     )

@@ -16,7 +16,8 @@ from __future__ import annotations
 import os
 import sys
 
-_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+# Either says how GNU OpenMP's threads wait.
+VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def wait_passively() -> bool:
@@ -27,7 +28,7 @@ def wait_passively() -> bool:
     Returns:
         Whether the policy was set.
     """
-    if "torch" in sys.modules or any(name in os.environ for name in _VARIABLES):
+    if "torch" in sys.modules or any(name in os.environ for name in VARIABLES):
         return False
     os.environ["OMP_WAIT_POLICY"] = "passive"
     return True

@@ -100,13 +100,32 @@ def cd_step(
     p_data = hidden_mean(v, W, c, units)
     p = p_data if chains is None else hidden_mean(chains, W, c, units)
     for _ in range(k):
-        h = hidden.sample(p)  # of the p that is known already
-        state = units.sample(visible_mean(h, W, b, units))
-        p = hidden_mean(state, W, c, units)
+        state, p = sweep(p, W, b, c, units, hidden)
+    return gradients(v, p_data, state, p, W, b, units), state
+
+
+def sweep(
+    p: Tensor, W: Tensor, b: Tensor, c: Tensor, units: Units = BERNOULLI, hidden: Units = BERNOULLI
+) -> tuple[Tensor, Tensor]:
+    """One sweep from p(h = 1 | v), which is known already, to the next v and p of that v."""
+    state = units.sample(visible_mean(hidden.sample(p), W, b, units))
+    return state, hidden_mean(state, W, c, units)
+
+
+def gradients(
+    v: Tensor,
+    p_data: Tensor,
+    state: Tensor,
+    p: Tensor,
+    W: Tensor,
+    b: Tensor,
+    units: Units = BERNOULLI,
+) -> tuple[Tensor, ...]:
+    """The gradients of CD from v [B, V] and states [N, V] and the p(h = 1 | v) of both."""
     # Both phases in one buffer: <v p> of the chains less <v p> of the data.
     grad_W = torch.mm(v.t(), p_data)
     grad_W.addmm_(state.t(), p, beta=-1.0 / v.shape[0], alpha=1.0 / state.shape[0])
     grad_b = state.mean(0).sub_(v.mean(0))
     grad_c = p.mean(0).sub_(p_data.mean(0))
     grad_W, grad_b, *others = units.gradients(grad_W, grad_b, v, state, W, b)
-    return (grad_W, grad_b, grad_c, *others), state
+    return grad_W, grad_b, grad_c, *others

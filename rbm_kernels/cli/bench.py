@@ -27,19 +27,19 @@ def add_parser(commands: Any) -> None:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Measure, and print the table."""
-    from rbm_kernels import benchmark
+    from . import bench_table
 
     for name in ("seconds", "threads"):
         if not getattr(arguments, name) > 0:
             raise ValueError(f"bench: {name} must be positive, got {getattr(arguments, name)}")
-    shapes = [shape for shape in benchmark.SHAPES if arguments.full or max(shape) <= 1024]
-    sweeps = benchmark.SWEEPS if arguments.full else (1,)
+    shapes = [shape for shape in bench_table.SHAPES if arguments.full or max(shape) <= 1024]
+    sweeps = bench_table.SWEEPS if arguments.full else (1,)
 
     def show(case: Any) -> None:
         print(f"\r\x1b[K{case} ...", end="", file=sys.stderr, flush=True)
 
     terminal = sys.stderr.isatty()
-    table = benchmark.main_table(
+    table = bench_table.main_table(
         shapes,
         sweeps,
         seconds=arguments.seconds,

@@ -178,9 +178,9 @@ def test_sample_given_half(trained, tmp_path):
 
 
 def test_bench(capsys, monkeypatch):
-    from rbm_kernels import benchmark
+    from rbm_kernels.cli import bench_table
 
-    monkeypatch.setattr(benchmark, "SHAPES", ((8, 16, 12),))
+    monkeypatch.setattr(bench_table, "SHAPES", ((8, 16, 12),))
     assert cli.main(["bench", "--seconds", "0.02", "--no-compile"]) == 0
     assert "8 x 16 x 12" in capsys.readouterr().out
 
