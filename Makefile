@@ -21,6 +21,12 @@ NATIVE_SOURCES := find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -
 # A process a core, with one thread each. A file's tests stay together, and share what they build.
 PYTEST := ../$(BIN)/pytest -q -n auto --dist loadfile
 
+# OpenMP threads that sleep while they wait keep their speed beside other processes, which spinning
+# threads lose (rbm_kernels/openmp.py). Whoever sets one of the two variables chooses for himself.
+ifeq ($(origin OMP_WAIT_POLICY)$(origin GOMP_SPINCOUNT),undefinedundefined)
+export OMP_WAIT_POLICY := passive
+endif
+
 .PHONY: demo test captions lint format bench clean
 
 .venv/bin/python:

@@ -99,7 +99,7 @@ def ais(
     state = resolve("ais", seed, generator, W.device)
     off = path.W.new_zeros(n_chains, path.W.shape[1])
     W0, b0, _, units = path.parameters(0.0)
-    drawn = sample_visible(
+    v = sample_visible(
         off,
         W0,
         b0,
@@ -109,8 +109,6 @@ def ais(
         backend=backend,
         precision=precision,
     )
-    assert isinstance(drawn, Tensor)
-    v = drawn
     log_weights = torch.full((n_chains,), path.base_log_z(), dtype=torch.float64, device=W.device)
     for before, beta in zip(schedule[:-1], schedule[1:], strict=True):
         log_weights += path.log_ratio(v, before, beta)
