@@ -162,7 +162,7 @@ def add_decoding(parser: Any) -> None:
         "--length-penalty", type=float, default=1.0, help="of beams; below 1 prefers short captions"
     )
     add("--prompt", default="", help='words to go on from; real BLIP likes "a picture of"')
-    add("--batch", type=positive, default=32, help="images at a time")
+    add("--batch-size", type=positive, default=32, help="images at a time")
 
 
 def positive(text: str) -> int:
@@ -205,7 +205,7 @@ def add_fit(commands: Any) -> None:
     add("--learn-sigma", action="store_true", help="learn one for each feature")
     add("--epochs", type=positive, default=10, help="passes over the images")
     add("--tokens", type=positive, default=8, help="positions drawn from each image in an epoch")
-    add("--rows", type=positive, default=256, help="positions per update")
+    add("--batch-size", type=positive, default=256, help="positions per update")
     add("--learning-rate", type=float, default=1e-3, help="after its rise, before its fall")
     add("--seed", type=int, default=0, help="of weights, order and chains")
 
@@ -238,7 +238,7 @@ def fit(arguments: argparse.Namespace) -> int:
     schedule = Schedule(
         epochs=arguments.epochs,
         tokens_per_image=arguments.tokens,
-        batch=arguments.rows,
+        batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
     )
@@ -283,7 +283,7 @@ def caption(arguments: argparse.Namespace) -> int:
 
     images = image_files(arguments.images)
     model, processor = open_captioner(arguments)
-    for paths, pixels in image_batches(processor, images, arguments.batch):
+    for paths, pixels in image_batches(processor, images, arguments.batch_size):
         if rbm_of(model) is None:
             for path, text in zip(
                 paths, write_captions(model, processor, pixels, arguments), strict=True

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import BlipForConditionalGeneration
 
 from rbm_kernels import RBM
+from rbm_kernels.training import ContrastiveDivergence, DrawOptions, optimize
 
 from .captioner import encode
 from .gated_residual import CLS_TOKENS, ClsToken, GatedResidual, RBMReconstructor
@@ -58,7 +59,7 @@ class TokenStream:
 
     Example:
         >>> stream = TokenStream(torch.randn(20, 5, 3), held_out=0.1)
-        >>> sum(len(rows) for rows in stream.epoch(batch=16, tokens_per_image=2, seed=0))
+        >>> sum(len(rows) for rows in stream.epoch(batch_size=16, tokens_per_image=2, seed=0))
         36
     """
 
@@ -100,17 +101,17 @@ class TokenStream:
         self.held_out[order[:count]] = True
         self.mean, self.scale = self._statistics()
 
-    def epoch(self, batch: int, tokens_per_image: int, seed: int) -> Iterator[Tensor]:
+    def epoch(self, batch_size: int, tokens_per_image: int, seed: int) -> Iterator[Tensor]:
         """One pass over the images that are not held out.
 
         Args:
-            batch: Rows at a time; the last batch of a block goes on in the next, and only the last
-                of an epoch may be short.
+            batch_size: Rows at a time; the last batch of a block goes on in the next, and only the
+                last of an epoch may be short.
             tokens_per_image: Tokens drawn from every image, without replacement; at most all.
             seed: Of the order and of the choice of tokens.
 
         Yields:
-            Standardized rows [batch, D], float32.
+            Standardized rows [batch_size, D], float32.
         """
         generator = _generator(seed)
         starts = torch.arange(0, self.n_images, self.block)
@@ -119,17 +120,17 @@ class TokenStream:
             images = (~self.held_out[start : start + self.block]).nonzero().flatten()
             rows = self._draw(start, images, tokens_per_image, generator)
             rows = torch.cat([left, rows[torch.randperm(len(rows), generator=generator)]])
-            whole = len(rows) // batch * batch
-            for first in range(0, whole, batch):
-                yield rows[first : first + batch]
+            whole = len(rows) // batch_size * batch_size
+            for first in range(0, whole, batch_size):
+                yield rows[first : first + batch_size]
             left = rows[whole:]
         if len(left):
             yield left
 
-    def batches(self, batch: int, tokens_per_image: int) -> int:
+    def batches(self, batch_size: int, tokens_per_image: int) -> int:
         """How many batches an epoch has."""
         images = self.n_images - int(self.held_out.sum())
-        return -(-images * min(tokens_per_image, self.n_tokens) // batch)
+        return -(-images * min(tokens_per_image, self.n_tokens) // batch_size)
 
     def sample(self, rows: int, *, held_out: bool, seed: int = 0) -> Tensor:
         """Some standardized rows [rows or fewer, D] of the images held out or of the others."""
@@ -212,7 +213,7 @@ class Schedule:
     Attributes:
         epochs: Passes over the images.
         tokens_per_image: Tokens that an epoch draws from each of them.
-        batch: Rows per update.
+        batch_size: Rows per update.
         learning_rate: Of Adam, after a linear warm-up and before a cosine to zero.
         warmup: Share of the updates in which it rises, 0 to 1.
         seed: Of initial weights, order, choice of tokens, chains and noise.
@@ -220,13 +221,13 @@ class Schedule:
 
     epochs: int = 10
     tokens_per_image: int = 8
-    batch: int = 256
+    batch_size: int = 256
     learning_rate: float = 1e-3
     warmup: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "tokens_per_image", "batch"):
+        for name in ("epochs", "tokens_per_image", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Schedule: {name} must be 1 or more, got {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
@@ -376,13 +377,6 @@ def fit_rbm_to_tokens(
         rbm.W.copy_(0.01 * torch.randn(rbm.W.shape, generator=generator))
         rbm.log_var.fill_(2 * math.log(sigma))
     rbm.to(device)
-    least = 2 * math.log(0.1 * sigma)
-    weights = (rbm.W, rbm.b, rbm.c, rbm.log_var)
-    # The kernels write into the buffers from which the optimizer reads.
-    buffers = tuple(torch.zeros_like(weight) for weight in weights)
-    for weight, buffer in zip(weights, buffers, strict=True):
-        weight.grad = buffer
-    seed = torch.tensor([schedule.seed, 0], device=device)
     groups: list[dict[str, Any]] = [
         {"params": [rbm.W], "weight_decay": weight_decay},
         {"params": [rbm.b, rbm.c]},
@@ -390,17 +384,21 @@ def fit_rbm_to_tokens(
     if learn_sigma:
         # Slower than the weights, as Cho, Ilin and Raiko (ICANN 2011) advise: otherwise the noise
         # swallows what the hidden units have not yet found.
-        groups.append({"params": [rbm.log_var], "pace": 0.1})
+        groups.append({"params": [rbm.log_var], "lr_scale": 0.1})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     monitored = [stream.sample(MONITORED_ROWS, held_out=each).to(device) for each in (True, False)]
+    phase = ContrastiveDivergence(k)
+    draw: DrawOptions = {
+        "seed": torch.tensor([schedule.seed, 0], device=device),
+        "backend": backend,
+        "precision": precision,
+    }
 
-    def update(rows: Tensor) -> None:
-        rbm.cd_step(rows, k, out=buffers, seed=seed, backend=backend, precision=precision)
-        optimizer.step()
-        if learn_sigma:
-            # A feature that the hidden units explain exactly would drive its variance to zero.
-            with torch.no_grad():
-                weights[3].clamp_(min=least)
+    @torch.no_grad()
+    def after_update() -> None:
+        # A feature that the hidden units explain exactly would drive its variance to zero.
+        if learn_sigma and rbm.log_var is not None:
+            rbm.log_var.clamp_(min=2 * math.log(0.1 * sigma))
 
     def report() -> dict[str, float]:
         held_out, train = (rbm.free_energy(rows, backend=backend) for rows in monitored)
@@ -408,9 +406,17 @@ def fit_rbm_to_tokens(
 
     reconstructor = RBMReconstructor(rbm)
     train(
-        stream, reconstructor, optimizer, update, schedule,
-        report=report, on_epoch=on_epoch, device=device, progress=progress,
-    )  # fmt: skip
+        stream,
+        reconstructor,
+        optimizer,
+        lambda rows: phase.gradients(rbm, rows, draw),
+        schedule,
+        after_update=after_update,
+        report=report,
+        on_epoch=on_epoch,
+        device=device,
+        progress=progress,
+    )
     rbm.zero_grad(set_to_none=True)
     return GatedResidual(reconstructor.cpu(), stream.mean, stream.scale).eval()
 
@@ -419,22 +425,25 @@ def train(
     stream: TokenStream,
     reconstructor: nn.Module,
     optimizer: torch.optim.Optimizer,
-    update: Callable[[Tensor], None],
+    gradients: Callable[[Tensor], object],
     schedule: Schedule,
     *,
+    after_update: Callable[[], object] = lambda: None,
     report: Callable[[], dict[str, float]] = dict,
     on_epoch: Report | None = None,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> None:
-    """Call ``update`` with every batch of a schedule, and look at held-out rows after each epoch.
+    """Train on the batches of a stream, and evaluate on held-out rows after each epoch.
 
     Args:
         stream: The tokens.
         reconstructor: What is being fitted.
-        optimizer: Its learning rates follow the schedule, times a group's "pace" where it has one.
-        update: Changes the parameters, given rows [B, D].
+        optimizer: Its learning rates follow the schedule, times a group's "lr_scale" where it has
+            one.
+        gradients: Writes the gradients of rows [B, D] into the parameters' ``grad``.
         schedule: How long and how fast.
+        after_update: Called after every step of the optimizer.
         report: More figures for ``on_epoch``.
         on_epoch: Called before the first epoch, as epoch 0, and after each with a dictionary:
             "epoch"; "reconstruction_error" of held-out rows, the mean square per feature (the mean
@@ -442,11 +451,23 @@ def train(
         device: Where the rows go.
         progress: Show a progress bar.
     """
-    updates = schedule.epochs * stream.batches(schedule.batch, schedule.tokens_per_image)
+    batch_size, tokens = schedule.batch_size, schedule.tokens_per_image
+    updates = schedule.epochs * stream.batches(batch_size, tokens)
     held_out = stream.sample(MONITORED_ROWS, held_out=True).to(device)
-    done, rows_seen, start = 0, 0, time.monotonic()
+    rows_seen, start = 0, time.monotonic()
 
-    def look(epoch: int) -> None:
+    def batches(epoch: int) -> Iterator[Tensor]:
+        # Orders that differ between the epochs of one fit and between fits of neighboring seeds.
+        for rows in stream.epoch(batch_size, tokens, schedule.seed * 1_000_003 + epoch):
+            yield rows.to(device)
+
+    def count(rows: Tensor, result: object) -> None:
+        nonlocal rows_seen
+        after_update()
+        rows_seen += len(rows)
+        bar.update()
+
+    def evaluate(epoch: int) -> None:
         seconds = time.monotonic() - start
         error = reconstruction_error(reconstructor, held_out)
         if on_epoch is not None:
@@ -455,19 +476,16 @@ def train(
         bar.set_postfix(epoch=epoch, error=f"{error:.3f}")
 
     with tqdm(total=updates, disable=not progress, unit="batch") as bar:
-        look(0)
-        for epoch in range(schedule.epochs):
-            # Distinct for the epochs of one fit and for fits of neighboring seeds.
-            order = schedule.seed * 1_000_003 + epoch
-            for rows in stream.epoch(schedule.batch, schedule.tokens_per_image, order):
-                rate = schedule.learning_rate * schedule.share(done, updates)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group.get("pace", 1.0)
-                update(rows.to(device))
-                rows_seen += len(rows)
-                done += 1
-                bar.update()
-            look(epoch + 1)
+        evaluate(0)
+        optimize(
+            optimizer,
+            batches,
+            gradients,
+            lambda update: schedule.learning_rate * schedule.share(update, updates),
+            epochs=range(schedule.epochs),
+            after_update=count,
+            after_epoch=lambda epoch: evaluate(epoch + 1),
+        )
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ class PairModel(nn.Module, ABC):
         n_features: D, the length of an image's feature vector.
         n_words: T, the size of the vocabulary.
         n_hidden: H, the number of hidden units.
-        spread: Standard deviation of the initial weights.
+        init_std: Standard deviation of the initial weights.
         generator: Draws the initial weights; None takes torch's default generator.
 
     Attributes:
@@ -139,7 +139,7 @@ class PairModel(nn.Module, ABC):
         n_words: int,
         n_hidden: int,
         *,
-        spread: float = 0.05,
+        init_std: float = 0.05,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -150,8 +150,10 @@ class PairModel(nn.Module, ABC):
         self.n_features, self.n_words, self.n_hidden = n_features, n_words, n_hidden
         self.register_buffer("mean", torch.zeros(n_features))
         self.register_buffer("scale", torch.ones(n_features))
-        self.W_image = nn.Parameter(spread * torch.randn(n_features, n_hidden, generator=generator))
-        self.W_words = nn.Parameter(spread * torch.randn(n_words, n_hidden, generator=generator))
+        self.W_image = nn.Parameter(
+            init_std * torch.randn(n_features, n_hidden, generator=generator)
+        )
+        self.W_words = nn.Parameter(init_std * torch.randn(n_words, n_hidden, generator=generator))
 
     @torch.no_grad()
     def initialize_from_data(
@@ -289,7 +291,7 @@ class JointRBM(PairModel):
         n_features: D.
         n_words: T.
         n_hidden: H.
-        spread: Standard deviation of the initial weights.
+        init_std: Standard deviation of the initial weights.
         generator: Draws them.
 
     Attributes:
@@ -312,10 +314,10 @@ class JointRBM(PairModel):
         n_words: int,
         n_hidden: int,
         *,
-        spread: float = 0.05,
+        init_std: float = 0.05,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(n_features, n_words, n_hidden, spread=spread, generator=generator)
+        super().__init__(n_features, n_words, n_hidden, init_std=init_std, generator=generator)
         self.b_image = nn.Parameter(torch.zeros(n_features))
         self.b_words = nn.Parameter(torch.zeros(n_words))
         self.c = nn.Parameter(torch.zeros(n_hidden))

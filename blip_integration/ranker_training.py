@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rbm_kernels.training import optimize
+
 from .joint_rbm import JointRBM, PairModel, Vocabulary
 from .losses import contrastive_loss
 
@@ -24,7 +26,7 @@ class PairTraining:
 
     Attributes:
         epochs: At most; every caption is seen once in each.
-        batch: Pairs per update.
+        batch_size: Pairs per update.
         learning_rate: Of Adam (Loshchilov and Hutter 2019).
         weight_decay: On weight matrices alone, never on biases; decoupled from the gradient.
         word_dropout: Share of a caption's words left out at random.
@@ -38,7 +40,7 @@ class PairTraining:
     """
 
     epochs: int = 30
-    batch: int = 128
+    batch_size: int = 128
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     word_dropout: float = 0.2
@@ -48,7 +50,7 @@ class PairTraining:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch", 2), ("patience", 1)):
+        for name, least in (("epochs", 1), ("batch_size", 2), ("patience", 1)):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"PairTraining: {name} must be {least} or more, got {getattr(self, name)}"
@@ -210,7 +212,7 @@ def fit_cd(
 
     Args:
         k: Gibbs sweeps per update.
-        persistent: Keep ``training.batch`` chains over the whole training.
+        persistent: Keep ``training.batch_size`` chains over the whole training.
         learn_variance: Also learn the variances of the image features.
     """
     training = training or PairTraining()
@@ -219,11 +221,11 @@ def fit_cd(
     seed = torch.tensor([training.seed, 0], device=device)
     chains = None
     if persistent:
-        start = torch.randint(len(train.owner), (training.batch,), generator=generator)
+        start = torch.randint(len(train.owner), (training.batch_size,), generator=generator)
         chains = (train.features[train.owner[start]].to(device), train.words[start].to(device))
 
     def losses() -> Iterator[Tensor]:
-        for images, captions in train.batches(training.batch, generator):
+        for images, captions in train.batches(training.batch_size, generator):
             features, words = train.features[images].to(device), train.words[captions].to(device)
             yield model.cd_loss(features, words, k, chains=chains, seed=seed)
 
@@ -250,7 +252,7 @@ def training_batches(
     model: PairModel, pairs: CaptionBags, training: PairTraining, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     device = model.mean.device
-    for images, captions in pairs.batches(training.batch, generator):
+    for images, captions in pairs.batches(training.batch_size, generator):
         features, words = pairs.features[images].to(device), pairs.words[captions].to(device)
         yield with_dropout(model, features, words, training, generator)
 
@@ -288,18 +290,29 @@ def train_ranker(
     optimizer = torch.optim.AdamW(_groups(trained, training), lr=training.learning_rate)
     history = [score()]
     best, best_epoch = copy.deepcopy(model.state_dict()), 0
-    bar = tqdm(range(1, training.epochs + 1), desc="epochs", disable=not training.progress)
-    for epoch in bar:
-        for loss in losses():
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+
+    def gradients(loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+
+    def after_epoch(epoch: int) -> None:
+        nonlocal best, best_epoch
         history.append(score())
+        bar.update()
         bar.set_postfix(held_out=f"{history[-1]:.4f}")
         if history[-1] > history[best_epoch]:
             best, best_epoch = copy.deepcopy(model.state_dict()), epoch
-        elif epoch - best_epoch >= training.patience:
-            break
+
+    with tqdm(total=training.epochs, desc="epochs", disable=not training.progress) as bar:
+        optimize(
+            optimizer,
+            lambda epoch: losses(),
+            gradients,
+            lambda update: training.learning_rate,
+            epochs=range(1, training.epochs + 1),
+            stop=lambda: len(history) - 1 - best_epoch >= training.patience,
+            after_epoch=after_epoch,
+        )
     model.load_state_dict(best)
     return history
 

@@ -12,13 +12,13 @@ scores:
 from __future__ import annotations
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BlipForImageTextRetrieval, PreTrainedTokenizerBase
@@ -105,8 +105,11 @@ class Reranker(ABC):
         )
 
 
-class PairReranker(Reranker):
+class PairReranker(Reranker, ModelHubMixin, library_name="rbm-kernels"):
     """A reranker by a model of ``joint_rbm``'s kind.
+
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are those of huggingface_hub's
+    mixin: a folder or a repository with config.json and model.safetensors.
 
     Args:
         model: A trained model.
@@ -196,46 +199,58 @@ class PairReranker(Reranker):
         cls.objectives[objective](model, train, rest, training)
         return reranker
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json (sizes and vocabulary) and model.safetensors into a folder."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
+    def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: t.cpu().contiguous() for name, t in self.model.state_dict().items()}
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, save_directory / "model.safetensors", metadata={"format": "pt"})
         config = {
-            "model": type(self.model).__name__,
+            "kind": type(self.model).__name__,
             "n_features": self.model.n_features,
             "n_hidden": self.model.n_hidden,
             "words": self.vocabulary.words,
         }
-        (target / "config.json").write_text(json.dumps(config, ensure_ascii=False, indent=1))
+        text = json.dumps(config, ensure_ascii=False, indent=1)
+        (save_directory / "config.json").write_text(text, encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> Self:
-        """Read what ``save_pretrained`` wrote.
-
-        Args:
-            folder: The folder.
-            **options: Further keywords of the class.
-
-        Raises:
-            FileNotFoundError: A file is missing.
-            ValueError: The folder holds another class's model.
-        """
-        source = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (source / name).is_file():
-                raise FileNotFoundError(f"{cls.__name__}: {source} must hold {name}")
-        config = json.loads((source / "config.json").read_text())
-        if config.get("model") != cls.model_class.__name__:
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        config: dict[str, Any] | None = None,
+        model: Any = None,  # config.json of release 0.1 has this name for the kind
+        **options: Any,
+    ) -> Self:
+        name = "model.safetensors"
+        weights = Path(model_id) / name
+        if not Path(model_id).is_dir():
+            weights = Path(
+                hf_hub_download(
+                    model_id,
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
+        if config is None or not weights.is_file():
+            missing = "config.json" if config is None else name
+            raise FileNotFoundError(f"{cls.__name__}: {model_id} must hold {missing}")
+        kind = config.get("kind", config.get("model"))
+        if kind != cls.model_class.__name__:
             raise ValueError(
-                f"{cls.__name__}: {source} must hold a {cls.model_class.__name__}, "
-                f"got {config.get('model')}"
+                f"{cls.__name__}: {model_id} must hold a {cls.model_class.__name__}, got {kind}"
             )
         vocabulary = Vocabulary(tuple(config["words"]))
-        model = cls.model_class(config["n_features"], len(vocabulary), config["n_hidden"])
-        model.load_state_dict(load_file(source / "model.safetensors"))
-        return cls(model, vocabulary, **options)
+        restored = cls.model_class(config["n_features"], len(vocabulary), config["n_hidden"])
+        restored.load_state_dict(load_file(weights))
+        return cls(restored, vocabulary, **options)
 
 
 class RBMReranker(PairReranker):

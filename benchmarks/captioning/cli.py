@@ -296,7 +296,7 @@ def _caption(arguments: argparse.Namespace) -> int:
     model, processor = open_captioner(arguments)
     residual = getattr(model.vision_model, "rbm", None)
     shown = []
-    for paths, pixels in image_batches(processor, images, arguments.batch):
+    for paths, pixels in image_batches(processor, images, arguments.batch_size):
         if residual is None:
             before, after, cosines = write_captions(model, processor, pixels, arguments), None, None
         else:
@@ -388,7 +388,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     written: list[str] = []
     with tqdm(total=len(data), desc="captions", unit="image", disable=not show_progress()) as bar:
-        for paths, pixels in image_batches(processor, data.paths, arguments.batch):
+        for paths, pixels in image_batches(processor, data.paths, arguments.batch_size):
             written += write_captions(model, processor, pixels, arguments)
             bar.update(len(paths))
     print(

@@ -244,14 +244,13 @@ def _fit_denoiser(
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     generator = _generator(schedule)
 
-    def update(rows: Tensor) -> None:
+    def gradients(rows: Tensor) -> None:
         noisy = rows + noise * torch.randn(rows.shape, generator=generator).to(rows.device)
         loss = (model(noisy) - rows).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
 
-    train(stream, model, optimizer, update, schedule, device=device, progress=progress)
+    train(stream, model, optimizer, gradients, schedule, device=device, progress=progress)
     model.zero_grad(set_to_none=True)
     return GatedResidual(model.cpu(), stream.mean, stream.scale).eval()
 

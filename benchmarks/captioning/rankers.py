@@ -55,10 +55,10 @@ class TwoTower(PairModel):
         n_words: int,
         n_hidden: int,
         *,
-        spread: float = 0.05,
+        init_std: float = 0.05,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(n_features, n_words, n_hidden, spread=spread, generator=generator)
+        super().__init__(n_features, n_words, n_hidden, init_std=init_std, generator=generator)
         self.c_image = nn.Parameter(torch.zeros(n_hidden))
         self.c_words = nn.Parameter(torch.zeros(n_hidden))
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -96,10 +96,10 @@ class MatchMLP(PairModel):
         n_words: int,
         n_hidden: int,
         *,
-        spread: float = 0.05,
+        init_std: float = 0.05,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(n_features, n_words, n_hidden, spread=spread, generator=generator)
+        super().__init__(n_features, n_words, n_hidden, init_std=init_std, generator=generator)
         self.c = nn.Parameter(torch.zeros(n_hidden))
         self.w_match = nn.Parameter(torch.randn(n_hidden, generator=generator) / n_hidden**0.5)
         self.b_match = nn.Parameter(torch.zeros(()))
@@ -271,7 +271,9 @@ def fit_to_quality(
 
     def losses() -> Iterator[Tensor]:
         anchors = _endless(model, pairs, training, generator) if pairs is not None else None
-        for rows in torch.randperm(len(train.features), generator=generator).split(training.batch):
+        for rows in torch.randperm(len(train.features), generator=generator).split(
+            training.batch_size
+        ):
             features, words = with_dropout(
                 model, train.features[rows].to(device), train.words[rows].to(device), training,
                 generator,

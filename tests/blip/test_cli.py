@@ -100,7 +100,7 @@ def test_caption_says_what_generate_does(data, model, capsys, options):
     paths = pictures(data)
     words = [part for name, value in options.items()
              for part in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
-    assert cli.main(["caption", *paths, "--model", str(model), "--batch", "2", *words]) == 0
+    assert cli.main(["caption", *paths, "--model", str(model), "--batch-size", "2", *words]) == 0
     printed = capsys.readouterr()
     said = expected_captions(model, paths, batch_size=2, **options)
     assert printed.out.splitlines() == [f"{p}: {c}" for p, c in zip(paths, said, strict=True)]
@@ -109,7 +109,7 @@ def test_caption_says_what_generate_does(data, model, capsys, options):
 
 def test_caption_before_and_after_an_rbm(data, model, rbm, capsys):
     paths = pictures(data)
-    command = ["caption", *paths, "--model", str(model), "--batch", "4", "--rbm", str(rbm)]
+    command = ["caption", *paths, "--model", str(model), "--batch-size", "4", "--rbm", str(rbm)]
     assert cli.main([*command, "--strength", "0.96"]) == 0
     before, after, cosines = before_and_after(capsys.readouterr().out)
     assert before == expected_captions(model, paths) and before != after
@@ -149,7 +149,7 @@ def test_a_model_with_an_rbm_has_captions_before_and_after(data, model, rbm, tmp
 def test_fit_an_rbm_and_use_it(data, model, tmp_path, capsys):
     out, paths = tmp_path / "rbm.safetensors", pictures(data)
     command = ["fit", str(data.parent / "images"), "--model", str(model), "--out", str(out)]
-    options = ["--hidden", "5", "--epochs", "2", "--rows", "16"]
+    options = ["--hidden", "5", "--epochs", "2", "--batch-size", "16"]
     assert cli.main([*command, *options]) == 0
     printed = capsys.readouterr()
     assert printed.err == "" and "9 x 17 x 16" in printed.out and "16 x 5 units" in printed.out

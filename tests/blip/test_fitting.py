@@ -160,7 +160,7 @@ def test_memory_holds_one_block() -> None:
     assert source.reads == [(start, start + 50) for start in range(0, 600, 50)]
     source.reads.clear()
     history: list[dict[str, float]] = []
-    schedule = Schedule(epochs=2, tokens_per_image=2, batch=64)
+    schedule = Schedule(epochs=2, tokens_per_image=2, batch_size=64)
     fit_rbm_to_tokens(stream, 3, schedule, on_epoch=history.append)
     assert all(stop - start == 50 for start, stop in source.reads)
     assert source.most_alive == 1
@@ -172,7 +172,7 @@ def test_memory_holds_one_block() -> None:
 def test_fit_finds_two_causes() -> None:
     """Likelihoods of held-out rows against those of independent Gaussian features."""
     stream = TokenStream(two_causes()[:, None], held_out=0.1)
-    schedule = Schedule(epochs=30, batch=64, learning_rate=0.01)
+    schedule = Schedule(epochs=30, batch_size=64, learning_rate=0.01)
     history: list[dict[str, float]] = []
     fitted = fit_rbm_to_tokens(stream, 2, schedule, on_epoch=history.append)
     held_out = stream.sample(300, held_out=True)
@@ -191,7 +191,7 @@ def test_fit_finds_two_causes() -> None:
 def test_learned_sigma() -> None:
     """Learned, it comes nearer to the noise's than where it started, and the likelihood rises."""
     stream = TokenStream(two_causes()[:, None], held_out=0.1)
-    schedule = Schedule(epochs=20, batch=64, learning_rate=0.01)
+    schedule = Schedule(epochs=20, batch_size=64, learning_rate=0.01)
     truth = 0.5 / stream.scale
     held_out = stream.sample(300, held_out=True)
     fixed, learned = (
@@ -205,11 +205,13 @@ def test_learned_sigma() -> None:
 
 def test_fit_depends_on_its_seed_alone() -> None:
     stream = TokenStream(features())
-    schedule = Schedule(epochs=2, batch=32, seed=7)
+    schedule = Schedule(epochs=2, batch_size=32, seed=7)
     first = fit_rbm_to_tokens(stream, 4, schedule).reconstructor.rbm
     torch.manual_seed(123)
     second = fit_rbm_to_tokens(stream, 4, schedule, backend="reference").reconstructor.rbm
-    third = fit_rbm_to_tokens(stream, 4, Schedule(epochs=2, batch=32, seed=8)).reconstructor.rbm
+    third = fit_rbm_to_tokens(
+        stream, 4, Schedule(epochs=2, batch_size=32, seed=8)
+    ).reconstructor.rbm
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(first.W, third.W)
@@ -219,7 +221,7 @@ def test_fit_depends_on_its_seed_alone() -> None:
 def test_history() -> None:
     stream = TokenStream(features(200), held_out=0.2)
     history: list[dict[str, float]] = []
-    schedule = Schedule(epochs=2, batch=32)
+    schedule = Schedule(epochs=2, batch_size=32)
     fitted = fit_rbm_to_tokens(stream, 4, schedule, on_epoch=history.append)
     assert [h["epoch"] for h in history] == [0, 1, 2]
     held_out, train = (stream.sample(2048, held_out=each) for each in (True, False))
@@ -276,8 +278,8 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="n_hidden must be an int of 1 or more"):
         fit_rbm_to_tokens(stream, 0)
     with pytest.raises(ValueError, match="must be finite"):
-        fit_rbm_to_tokens(stream, 3, Schedule(epochs=2, batch=8, learning_rate=1e30))
-    for name, value in (("epochs", 0), ("batch", 0), ("learning_rate", 0.0), ("warmup", 1.5)):
+        fit_rbm_to_tokens(stream, 3, Schedule(epochs=2, batch_size=8, learning_rate=1e30))
+    for name, value in (("epochs", 0), ("batch_size", 0), ("learning_rate", 0.0), ("warmup", 1.5)):
         with pytest.raises(ValueError, match=f"Schedule: {name} must"):
             Schedule(**{name: value})
 
@@ -292,7 +294,7 @@ def test_fit_to_a_captioners_images(cls_token: Any) -> None:
     pixels = torch.randn(12, 3, blip.SIDE, blip.SIDE, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         states = model.vision_model(pixels).last_hidden_state  # [12, 17, 16]
-    schedule = Schedule(epochs=2, batch=16)
+    schedule = Schedule(epochs=2, batch_size=16)
     fitted = fit_rbm(model, pixels, 5, schedule, cls_token=cls_token, batch_size=5)
     assert fitted.cls_token == cls_token and fitted.strength in (0.0, (0.0, 0.0))
     parts = {"shared": [states], "skip": [states[:, 1:]], "apart": [states[:, :1], states[:, 1:]]}

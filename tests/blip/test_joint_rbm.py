@@ -35,7 +35,7 @@ D, T, H = 3, 4, 5
 def small_rbm(spread: float = 0.9) -> JointRBM:
     """A joint RBM whose two sides depend on each other, with features that need standardising."""
     g = torch.Generator().manual_seed(0)
-    model = JointRBM(D, T, H, spread=spread, generator=g)
+    model = JointRBM(D, T, H, init_std=spread, generator=g)
     with torch.no_grad():
         for parameter in (model.b_image, model.b_words, model.c, model.log_var):
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=g))
@@ -162,7 +162,7 @@ def test_candidate_scores_are_those_of_all_pairs(
     model_class: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     g = torch.Generator().manual_seed(3)
-    model = model_class(D, T, H, spread=0.7, generator=g)
+    model = model_class(D, T, H, init_std=0.7, generator=g)
     features, words = images(7), torch.rand(11, T, generator=g) < 0.5
     scores = model(features, words)
     assert scores.shape == (7, 11)
@@ -259,7 +259,7 @@ def test_contrastive_divergence_raises_the_exact_likelihood() -> None:
     g = torch.Generator().manual_seed(0)
     words = torch.rand(400, T, generator=g) < 0.4
     features = words[:, :D].float() * 2 + 0.5 * torch.randn(400, D, generator=g)
-    model = JointRBM(D, T, H, spread=0.05, generator=g)
+    model = JointRBM(D, T, H, init_std=0.05, generator=g)
     model.initialize_from_data(features, words)
     z, t = model.standardize(features).double(), words.double()
     before = ExactJoint.of(model).log_likelihood(z, t)

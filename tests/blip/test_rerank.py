@@ -62,7 +62,7 @@ COLOURS = ("red", "green", "blue", "black")
 THINGS = ("dog", "ball", "house", "tree")
 VOCABULARY = Vocabulary((*COLOURS, *THINGS))
 FAST = PairTraining(
-    epochs=12, batch=32, learning_rate=0.02, weight_decay=0.0, word_dropout=0.1,
+    epochs=12, batch_size=32, learning_rate=0.02, weight_decay=0.0, word_dropout=0.1,
     feature_dropout=0.1, patience=12,
 )  # fmt: skip
 
@@ -188,7 +188,7 @@ def test_training_stops_when_no_better_epoch_comes() -> None:
     train, held_out = drawn_pairs().split(0.25)
     model = fresh(TwoTower, train)
     # A step far too small to change any rank: no epoch is better than the start.
-    training = PairTraining(epochs=50, learning_rate=1e-12, patience=3, batch=32)
+    training = PairTraining(epochs=50, learning_rate=1e-12, patience=3, batch_size=32)
     start = copy.deepcopy(model.state_dict())
     assert len(fit_contrastive(model, train, held_out, training)) == 1 + 3
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
@@ -339,7 +339,7 @@ def test_mean_of_candidate_ciders_is_the_corpus_cider() -> None:
 @pytest.fixture(scope="module")
 def rbm() -> JointRBM:
     g = torch.Generator().manual_seed(2)
-    model = JointRBM(10, len(VOCABULARY), 6, spread=0.5, generator=g)
+    model = JointRBM(10, len(VOCABULARY), 6, init_std=0.5, generator=g)
     with torch.no_grad():
         model.b_words.copy_(torch.randn(len(VOCABULARY), generator=g))
     return model

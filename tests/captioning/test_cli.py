@@ -239,7 +239,7 @@ def test_a_page_with_attention_to_each_word(data, model, rbm, tmp_path, capsys, 
 def test_evaluate_scores_the_captions_that_it_writes(data, model, tmp_path, no_java, capsys):
     pytest.importorskip("pycocoevalcap")
     out = tmp_path / "new" / "scores.json"
-    command = ["evaluate", str(data), "--model", str(model), "--batch", "2", "--out", str(out)]
+    command = ["evaluate", str(data), "--model", str(model), "--batch-size", "2", "--out", str(out)]
     assert cli.main(command) == 0
     printed = capsys.readouterr()
     content = json.loads(out.read_text())

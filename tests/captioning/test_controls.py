@@ -89,7 +89,7 @@ def test_pca(stream: TokenStream, n_components: int) -> None:
 def test_linear_adapter_learns_the_best_denoiser(stream: TokenStream) -> None:
     """Of Gaussian rows with covariance C, noise s: z C (C + s^2)^-1 (Wiener)."""
     noise = 0.7
-    schedule = Schedule(epochs=25, tokens_per_image=5, batch=64, learning_rate=0.01)
+    schedule = Schedule(epochs=25, tokens_per_image=5, batch_size=64, learning_rate=0.01)
     fitted = fit_linear_adapter(stream, WIDTH, schedule, noise=noise)
     covariance = np.cov(training_rows(stream).T)
     best = covariance @ np.linalg.inv(covariance + noise**2 * np.eye(WIDTH))
@@ -98,7 +98,7 @@ def test_linear_adapter_learns_the_best_denoiser(stream: TokenStream) -> None:
 
 
 def test_denoising_autoencoder(stream: TokenStream) -> None:
-    schedule = Schedule(epochs=15, tokens_per_image=5, batch=64, learning_rate=0.01)
+    schedule = Schedule(epochs=15, tokens_per_image=5, batch_size=64, learning_rate=0.01)
     fitted = fit_denoising_autoencoder(stream, 12, schedule, noise=0.5)
     clean = stream.sample(200, held_out=True)
     generator = torch.Generator().manual_seed(9)
@@ -140,7 +140,7 @@ def test_all_see_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "epoch", recorded)
     for fit in FITS:
         seen.append([])
-        fit(stream, Schedule(epochs=2, batch=64, seed=3))
+        fit(stream, Schedule(epochs=2, batch_size=64, seed=3))
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
