@@ -40,3 +40,18 @@ def test_docstrings(name: str) -> None:
 def test_the_first_block_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(BLOCKS[0], str(README), "exec"), {})
     assert capsys.readouterr().out.startswith("tensor(")
+
+
+def test_the_captions_block_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a tiny captioner under the name of the real one."""
+    pytest.importorskip("transformers")
+    from support import blip
+
+    blip.readme_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    [block] = [block for block in BLOCKS if "blip_integration" in block]
+    exec(compile(block, str(README), "exec"), {})
+    assert (tmp_path / "rbm.safetensors").is_file()
+    assert capsys.readouterr().out.strip()
