@@ -49,6 +49,7 @@ class RBM(
     - Bernoulli visible units: ``E(v, h) = -v'Wh - b'v - c'h``.
     - Gaussian visible units: ``E(v, h) = sum_i (v_i - b_i)^2 / (2 s_i^2) - (v/s^2)'Wh - c'h``
       with ``log_var = log s^2`` learned.
+    - Spins, -1 or 1: the energy of Bernoulli units.
 
     A new model has ``W ~ N(0, 0.01^2)`` and zeros elsewhere; :meth:`initialize_from_data` sets the
     visible units to the data's own statistics, which saves the first epochs.
@@ -63,7 +64,7 @@ class RBM(
     Args:
         n_visible: Number V of visible units, at least 1.
         n_hidden: Number H of hidden units, at least 1.
-        visible: ``"bernoulli"`` or ``"gaussian"``.
+        visible: ``"bernoulli"``, ``"gaussian"`` or ``"spin"``.
         device: Device of the parameters.
         dtype: Float dtype of the parameters.
 
@@ -156,10 +157,11 @@ class RBM(
         Bernoulli: ``b = log((n1 + 1/2) / (n0 + 1/2))`` with ``n1`` and ``n0`` the sums of ``v`` and
         of ``1 - v``, finite for units that never change (Hinton 2010, section 8.1).
         Gaussian: mean and log-variance; a unit of zero variance is given variance 1.
+        Spin: half the log-odds of 1, smoothed likewise.
 
         Args:
             v: Data [N, V], N of 1 or more, on any device: bool, uint8 or any float dtype. In
-                [0, 1] for Bernoulli units, finite for Gaussian ones.
+                [0, 1] for Bernoulli units, finite for Gaussian ones, -1 or 1 for spins.
 
         Returns:
             The model itself.

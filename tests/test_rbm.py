@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 import rbm_kernels
 from rbm_kernels import RBM, files
 
-KINDS = ("bernoulli", "gaussian")
+KINDS = ("bernoulli", "gaussian", "spin")
 
 
 def make_model(visible: str = "bernoulli", n_visible: int = 7, n_hidden: int = 5) -> RBM:
@@ -34,15 +35,19 @@ def make_data(visible: str = "bernoulli", n: int = 9, n_visible: int = 7) -> tor
     generator = torch.Generator().manual_seed(1)
     if visible == "gaussian":
         return torch.randn(n, n_visible, generator=generator)
-    return (torch.rand(n, n_visible, generator=generator) < 0.4).float()
+    v = (torch.rand(n, n_visible, generator=generator) < 0.4).float()
+    return 2 * v - 1 if visible == "spin" else v
 
 
 def arguments(model: RBM) -> tuple[torch.Tensor, ...]:
     return model.W.detach(), model.b.detach(), model.c.detach()
 
 
-def log_var(model: RBM) -> torch.Tensor | None:
-    return None if model.log_var is None else model.log_var.detach()
+def kind(model: RBM) -> dict[str, Any]:
+    """What tells a function the kind of visible units."""
+    if model.log_var is not None:
+        return {"log_var": model.log_var.detach()}
+    return {"visible": "spin"} if model.visible == "spin" else {}
 
 
 @pytest.mark.parametrize("visible", KINDS)
@@ -82,6 +87,14 @@ def test_bernoulli_biases_are_smoothed_log_odds(dtype):
     assert not model.c.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spin_biases_are_half_the_smoothed_log_odds(dtype):
+    v = torch.tensor([[-1, 1, 1], [-1, 1, -1], [-1, 1, -1]], dtype=dtype)
+    model = RBM.from_data(v, 4, "spin")
+    ups = torch.tensor([0.0, 3.0, 1.0])
+    torch.testing.assert_close(model.b.detach(), torch.log((ups + 0.5) / (3.5 - ups)) / 2)
+
+
 def test_gaussian_start_survives_constant_units():
     v = torch.randn(500, 4) * torch.tensor([3.0, 1e-4, 0.0, 0.0]) + torch.tensor([0.0, 0, 0, 1e4])
     model = RBM.from_data(v, 4, "gaussian")
@@ -99,6 +112,7 @@ def test_gaussian_start_survives_constant_units():
         (torch.full((2, 3), 1.5), "bernoulli", r"in \[0, 1\] for Bernoulli units, .* 1.5 to 1.5"),
         (torch.full((2, 3), 255, dtype=torch.uint8), "bernoulli", "255"),
         (torch.full((2, 3), torch.nan), "gaussian", "must be finite"),
+        (torch.zeros(2, 3), "spin", "v of spin units must be -1 or 1, got 0.0"),
     ],
 )
 def test_bad_data(v, visible, words):
@@ -112,7 +126,7 @@ def test_bad_data(v, visible, words):
 def test_forward_is_p_hidden_and_differentiable(visible):
     model = make_model(visible).double()
     v = make_data(visible).double()
-    scaled = v if visible == "bernoulli" else v / model.log_var.exp()
+    scaled = v / model.log_var.exp() if visible == "gaussian" else v
     torch.testing.assert_close(model(v), torch.sigmoid(scaled @ model.W + model.c))
     parameters = tuple(model.parameters())
 
@@ -134,7 +148,7 @@ def test_data_may_be_bool_or_bytes():
 def test_methods_are_the_functions(visible):
     model, v = make_model(visible), make_data(visible)
     W, b, c = arguments(model)
-    extra = {"log_var": log_var(model)}
+    extra = kind(model)
     assert torch.equal(model.free_energy(v), rbm_kernels.free_energy(v, W, b, c, **extra))
     assert torch.equal(
         model.cd_loss(v, 2, seed=3), rbm_kernels.cd_loss(v, W, b, c, 2, seed=3, **extra)
@@ -211,7 +225,8 @@ def test_sample_wants_one_start(n, chains):
 def test_reconstruct(visible):
     model, v = make_model(visible), make_data(visible)
     mean = model(v) @ model.W.t() + model.b
-    expected = torch.sigmoid(mean) if visible == "bernoulli" else mean
+    of_mean = {"bernoulli": torch.sigmoid, "spin": torch.tanh, "gaussian": lambda x: x}
+    expected = of_mean[visible](mean)
     assert torch.equal(model.reconstruct(v), expected)
     model.reconstruct(v).sum().backward()
     assert model.W.grad is not None

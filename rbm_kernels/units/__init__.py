@@ -7,8 +7,9 @@ from torch import Tensor
 from .base import Units
 from .bernoulli import Bernoulli
 from .gaussian import Gaussian
+from .spin import Spin
 
-KINDS: dict[str, type[Units]] = {units.kind: units for units in (Bernoulli, Gaussian)}
+KINDS: dict[str, type[Units]] = {units.kind: units for units in (Bernoulli, Gaussian, Spin)}
 
 
 def visible_units(
@@ -39,4 +40,4 @@ def visible_units(
     return kind(*given.values())
 
 
-__all__ = ["KINDS", "Bernoulli", "Gaussian", "Units", "visible_units"]
+__all__ = ["KINDS", "Bernoulli", "Gaussian", "Spin", "Units", "visible_units"]

@@ -1,4 +1,4 @@
-"""The examples that users read run as written: every docstring's, and every block of the README."""
+"""The examples that users read run as written: every docstring's, and every block of a page."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ def test_docstrings(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_the_block_on_units(capsys: pytest.CaptureFixture[str]) -> None:
+    page = README.parent / "docs" / "units.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(compile(block, str(page), "exec"), {})
+    assert capsys.readouterr().out == "tensor([[ 1., -1.,  1., -1.]])\n"
 
 
 def test_the_first_block_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:

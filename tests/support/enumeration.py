@@ -120,6 +120,18 @@ class Exact:
 
 
 @dataclass(frozen=True)
+class ExactSpin(Exact):
+    """The same energy with visible units that are -1 or 1."""
+
+    @property
+    def v_states(self) -> Tensor:
+        return 2 * all_states(self.b.numel()) - 1
+
+    def empirical(self, v: Tensor) -> Tensor:
+        return super().empirical((v + 1) / 2)
+
+
+@dataclass(frozen=True)
 class ExactGaussian:
     """A Gaussian-Bernoulli RBM: E = sum (v-b)^2/(2 s^2) - (v/s^2)'Wh - c'h, weight exp(-beta E).
 
@@ -244,6 +256,14 @@ def small_bernoulli(
     c = 0.5 * torch.randn(n_hidden, generator=g, dtype=torch.float64)
     # Rounded to float32, so that the package and the enumeration hold the same numbers.
     return Exact(W.float().double(), b.float().double(), c.float().double(), beta)
+
+
+def small_spin(
+    n_visible: int = 6, n_hidden: int = 5, beta: float = 1.0, seed: int = 0, spread: float = 0.8
+) -> ExactSpin:
+    """A random RBM of spins, half as strong as Bernoulli units' for the same distribution."""
+    model = small_bernoulli(n_visible, n_hidden, beta, seed, spread / 2)
+    return ExactSpin(model.W, model.b / 2, model.c, beta)
 
 
 def small_gaussian(

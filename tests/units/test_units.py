@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from rbm_kernels import arithmetic
-from rbm_kernels.units import KINDS, Bernoulli, Gaussian, Units, visible_units
+from rbm_kernels.units import KINDS, Bernoulli, Gaussian, Spin, Units, visible_units
 
 _LOG_VAR = torch.tensor([-0.5, 0.0, 0.7], dtype=torch.float64)
 
 
 def _bernoulli_states() -> tuple[Tensor, Tensor]:
     return torch.tensor([0.0, 1.0], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+
+
+def _spin_states() -> tuple[Tensor, Tensor]:
+    return torch.tensor([-1.0, 1.0], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
 
 
 def _quadrature() -> tuple[Tensor, Tensor]:
@@ -38,6 +42,7 @@ class Kind:
 CASES = {
     "bernoulli": Kind(Bernoulli(), _bernoulli_states),
     "gaussian": Kind(Gaussian(_LOG_VAR), _quadrature),
+    "spin": Kind(Spin(), _spin_states),
 }
 each_kind = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
