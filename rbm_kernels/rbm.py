@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +16,13 @@ from .ops.cd import cd_loss, cd_step
 from .ops.free_energy import free_energy
 from .ops.gibbs import gibbs_sample
 from .ops.sample import sample_hidden, sample_visible
-from .seeds import Seed
+from .seeds import Seed, later
 from .units import KINDS, Units
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .ops.cd import CDStep
-
-
-def _later(seed: Seed | None, half_sweeps: int) -> Seed | None:
-    """The seed from which draws go on after some half-sweeps (a tensor advances by itself)."""
-    if isinstance(seed, tuple):
-        return (seed[0], seed[1] + half_sweeps)
-    if isinstance(seed, int):
-        return (seed, half_sweeps)
-    return seed
 
 
 class RBM(
@@ -51,7 +42,7 @@ class RBM(
       with ``log_var = log s^2`` learned.
     - Spins, -1 or 1: the energy of Bernoulli units.
 
-    A new model has ``W ~ N(0, 0.01^2)`` and zeros elsewhere; :meth:`initialize_from_data` sets the
+    A new model has ``W ~ N(0, 0.01^2)`` and zeros elsewhere; ``initialize_from_data`` sets the
     visible units to the data's own statistics, which saves the first epochs.
 
     The methods take the keywords of the functions of the same names: ``seed``, ``generator``,
@@ -197,7 +188,7 @@ class RBM(
     ) -> Self:
         """A new model whose visible units start from the statistics of the data ``v`` [N, V].
 
-        See :meth:`initialize_from_data` for what is computed and raised.
+        See ``initialize_from_data`` for what is computed and raised.
         """
         if v.ndim != 2:
             raise ValueError(f"from_data: v must be [N, V], got {list(v.shape)}")
@@ -215,7 +206,7 @@ class RBM(
             v: Data [B, V].
             sampled: False: the mean-field reconstruction E[v | h = p(h|v)], differentiable.
                 True: states drawn from p(v|h) with h drawn from p(h|v), i.e. one Gibbs sweep.
-            **draw: Keywords of :func:`rbm_kernels.gibbs_sample`, when ``sampled``.
+            **draw: Keywords of ``rbm_kernels.gibbs_sample``, when ``sampled``.
 
         Returns:
             Means or states [B, V] in the dtype of W.
@@ -229,7 +220,7 @@ class RBM(
         return textbook.visible_mean(self(v), self.W, self.b, self.units)
 
     def free_energy(self, v: Tensor, **options: Any) -> Tensor:
-        """Free energies F(v) [B] of data [B, V]; see :func:`rbm_kernels.free_energy`."""
+        """Free energies F(v) [B] of data [B, V]; see ``rbm_kernels.free_energy``."""
         return free_energy(v, self.W, self.b, self.c, **self._kind, **options)
 
     def cd_loss(
@@ -241,7 +232,7 @@ class RBM(
             v: Data [B, V].
             k: Gibbs sweeps, 1 or more.
             chains: Persistent chains [N, V], advanced in place (PCD); None starts from ``v``.
-            **options: Keywords of :func:`rbm_kernels.cd_loss`.
+            **options: Keywords of ``rbm_kernels.cd_loss``.
 
         Returns:
             A 0-dim tensor. It is no measure of learning: watch the log-likelihood.
@@ -251,7 +242,7 @@ class RBM(
     def cd_step(
         self, v: Tensor, k: int = 1, *, chains: Tensor | None = None, **options: Any
     ) -> CDStep:
-        """Gradients and advanced chains without autograd; see :func:`rbm_kernels.cd_step`."""
+        """Gradients and advanced chains without autograd; see ``rbm_kernels.cd_step``."""
         with torch.no_grad():
             return cd_step(v, self.W, self.b, self.c, k, chains=chains, **self._kind, **options)
 
@@ -272,8 +263,8 @@ class RBM(
                 ``chains``.
             k: Sweeps, 1 or more.
             chains: States [N, V] from which to go on, or None with ``n``.
-            seed: As in :func:`rbm_kernels.gibbs_sample`. New chains use one half-sweep more.
-            **options: Other keywords of :func:`rbm_kernels.gibbs_sample`: ``beta``, ``clamp``,
+            seed: As in ``rbm_kernels.gibbs_sample``. New chains use one half-sweep more.
+            **options: Other keywords of ``rbm_kernels.gibbs_sample``: ``beta``, ``clamp``,
                 ``out_dtype``, ``generator``, ``chain_offset``, ``backend``, ``precision``.
 
         Returns:
@@ -294,18 +285,37 @@ class RBM(
             }
             off = self.W.new_zeros(n, self.n_hidden)
             drawn = sample_visible(off, self.W, self.b, **self._kind, seed=seed, **start)
-            assert isinstance(drawn, Tensor)
-            chains, seed = drawn, _later(seed, 1)
+            chains, seed = drawn, later(seed, 1)
         return gibbs_sample(chains, self.W, self.b, self.c, k, **self._kind, seed=seed, **options)
+
+    @overload
+    def sample_hidden(
+        self, v: Tensor, *, return_probs: Literal[False] = False, **options: Any
+    ) -> Tensor: ...
+
+    @overload
+    def sample_hidden(
+        self, v: Tensor, *, return_probs: Literal[True], **options: Any
+    ) -> tuple[Tensor, Tensor]: ...
 
     @torch.no_grad()
     def sample_hidden(self, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """States of the hidden units [B, H] given v; see :func:`rbm_kernels.sample_hidden`."""
+        """States of the hidden units [B, H] given v; see ``rbm_kernels.sample_hidden``."""
         return sample_hidden(v, self.W, self.c, **self._kind, **options)
+
+    @overload
+    def sample_visible(
+        self, h: Tensor, *, return_probs: Literal[False] = False, **options: Any
+    ) -> Tensor: ...
+
+    @overload
+    def sample_visible(
+        self, h: Tensor, *, return_probs: Literal[True], **options: Any
+    ) -> tuple[Tensor, Tensor]: ...
 
     @torch.no_grad()
     def sample_visible(self, h: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """States of the visible units [B, V] given h; see :func:`rbm_kernels.sample_visible`."""
+        """States of the visible units [B, V] given h; see ``rbm_kernels.sample_visible``."""
         return sample_visible(h, self.W, self.b, **self._kind, **options)
 
     def extra_repr(self) -> str:
@@ -329,7 +339,7 @@ class RBM(
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Self:
-        """Read a model written by :meth:`save`, with the dtype it was saved in.
+        """Read a model written by ``save``, with the dtype it was saved in.
 
         Args:
             path: The file.

@@ -63,6 +63,18 @@ def resolve(
     return key
 
 
+def later(seed: Seed | None, half_sweeps: int) -> Seed | None:
+    """The seed from which draws go on after some half-sweeps.
+
+    A tensor is returned as it is, since the call that drew has advanced it.
+    """
+    if isinstance(seed, tuple):
+        return (seed[0], seed[1] + half_sweeps)
+    if isinstance(seed, int):
+        return (seed, half_sweeps)
+    return seed
+
+
 def advance(seed: Seed | None, half_sweeps: int) -> None:
     """Move the offset of a caller's seed tensor past the half-sweeps just drawn."""
     if type(seed) is Tensor and seed.is_cpu and not torch.compiler.is_compiling():

@@ -91,8 +91,8 @@ def sample(arguments: argparse.Namespace) -> int:
     else:
         import numpy as np
 
-        array = v.float().numpy() if arguments.means else v.to(torch.uint8).numpy()
-        np.save(arguments.out, array)
+        states = not arguments.means and model.units.fits_bytes
+        np.save(arguments.out, v.to(torch.uint8 if states else torch.float32).numpy())
     print(f"written: {arguments.out}")
     return 0
 
@@ -113,7 +113,6 @@ def _start(
             raise ValueError("sample: clamp needs data whose half is held: give --data")
         off = model.W.detach().new_zeros(arguments.n, model.n_hidden)
         drawn = model.sample_visible(off, **options)
-        assert isinstance(drawn, torch.Tensor)
         return drawn, None
     values = data.load(arguments.data).values
     if values.shape[1] != model.n_visible:
@@ -193,6 +192,5 @@ def last_means(
     if k > 1:
         chains = model.sample(chains=chains, k=k - 1, clamp=clamp, **options)
     h = model.sample_hidden(chains, **options)
-    assert isinstance(h, torch.Tensor)
     _, means = model.sample_visible(h, return_probs=True, **options)
     return means if clamp is None else torch.where(clamp, chains.to(means.dtype), means)

@@ -133,7 +133,12 @@ def evaluate(
 
     Returns:
         Mean log-likelihoods of both sets of rows, and what they rest on.
+
+    Raises:
+        ValueError: A model of other visible units; the estimates themselves take all kinds.
     """
+    if model.visible != "bernoulli":
+        raise ValueError(f"evaluate: model must have Bernoulli units, got {model.visible!r}")
     weights = (model.W.detach(), model.b.detach(), model.c.detach())
     bias = log_odds(data)
     estimate = reverse = None

@@ -164,6 +164,14 @@ def test_sample(trained, tmp_path, form):
         assert np.load(out).dtype == np.float32
 
 
+def test_samples_that_bytes_cannot_hold(tmp_path):
+    RBM(12, 5, "spin").save(tmp_path / "model.safetensors")
+    out = tmp_path / "samples.npy"
+    assert cli.main(["sample", str(tmp_path), "-n", "4", "-k", "2", "--out", str(out)]) == 0
+    samples = np.load(out)
+    assert samples.dtype == np.float32 and set(np.unique(samples)) == {-1.0, 1.0}
+
+
 def test_sample_given_half(trained, tmp_path):
     out = tmp_path / "samples.npy"
     command = ["sample", str(trained / "model.safetensors"), "-n", "5", "-k", "20"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.enumeration import in_float32, small_bernoulli, small_gaussian
 
-from rbm_kernels import data, evaluation, training
+from rbm_kernels import RBM, data, evaluation, training
 from rbm_kernels.training import Settings
 
 
@@ -52,3 +52,9 @@ def test_evaluate_by_ais():
     assert result.reverse.log_z == pytest.approx(exact.log_z, abs=1.0)
     assert result.held_out == pytest.approx(exact.held_out, abs=0.3)
     assert result.independent == exact.independent < exact.held_out
+
+
+@pytest.mark.parametrize("visible", ["gaussian", "spin"])
+def test_evaluate_is_of_bernoulli_units(visible):
+    with pytest.raises(ValueError, match=f"evaluate: model must have Bernoulli .* got '{visible}'"):
+        evaluation.evaluate(RBM(6, 5, visible), torch.zeros(2, 6), torch.zeros(2, 6))
