@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from rbm_kernels import openmp
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -69,6 +71,7 @@ def run_command(program: str, arguments: argparse.Namespace, extra: str) -> int:
     Returns:
         Exit status: 0, 2 after an error of the user's, 130 after Ctrl-C.
     """
+    openmp.wait_passively()  # before the command imports torch
     try:
         with _quiet_libraries():
             status: int = arguments.run(arguments)

@@ -40,7 +40,7 @@ class Watch:
 
 seen = []
 sys.meta_path.insert(0, Watch())
-from rbm_kernels.cli import main
+from %s import main
 before = list(seen)
 try:
     main(%s)
@@ -51,8 +51,11 @@ print(json.dumps({"at import of cli": before, "seen": seen}))
 """
 
 
-def watch(arguments: list[str], **environment: str) -> dict[str, list]:
-    return json.loads(python(WATCHED_IMPORT % arguments, **environment).splitlines()[-1])
+def watch(
+    arguments: list[str], program: str = "rbm_kernels.cli", **environment: str
+) -> dict[str, list]:
+    """The two variables as they were when torch was imported, or nothing where it was not."""
+    return json.loads(python(WATCHED_IMPORT % (program, arguments), **environment).splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,12 @@ def watch(arguments: list[str], **environment: str) -> dict[str, list]:
 )
 def test_the_policy_is_set_before_torch_and_the_users_own_wins(environment, expected):
     assert watch(["info"], **environment) == {"at import of cli": [], "seen": [expected]}
+
+
+def test_rbm_caption_sets_it_too():
+    pytest.importorskip("transformers")
+    arguments = ["caption", "no-such-picture.png", "--model", "no-such-folder"]
+    assert watch(arguments, "blip_integration.cli")["seen"] == [["passive", None]]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["bench", "--help"]])
