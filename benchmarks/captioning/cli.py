@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from blip_integration.cli import (
     Parser,
@@ -30,6 +32,8 @@ from blip_integration.cli import (
     write_captions,
 )
 
+from .settings import StudySettings
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BlipForConditionalGeneration, BlipProcessor
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
     from .report import CaptionedPicture
 
 PROGRAM = "python -m benchmarks.captioning"
+
+Settings = TypeVar("Settings")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,6 +93,38 @@ def _add_data(parser: Any) -> None:
         "--images", type=Path, help="their folder (default: `images` beside DATA.json, or its own)"
     )
     parser.add_argument("--first", type=positive, help="take only so many images")
+
+
+def add_settings(parser: Any, kind: type) -> None:
+    """A flag for each field of a dataclass, with its default and what its docstring says of it."""
+    types = get_type_hints(kind)
+    for each in fields(kind):
+        options: dict[str, Any] = {"default": each.default, "help": _field_help(kind, each.name)}
+        known = types[each.name]
+        if known is bool:
+            options["action"] = "store_true"
+        elif get_origin(known) is tuple:
+            options |= {"type": get_args(known)[0], "nargs": "+"}
+        elif get_origin(known) is Literal:
+            options |= {"type": type(each.default), "choices": get_args(known)}
+        else:
+            # Everything that is counted starts at 1; a seed is not counted.
+            options["type"] = positive if known is int and each.name != "seed" else known
+        parser.add_argument(f"--{each.name.replace('_', '-')}", **options)
+
+
+def settings_from(arguments: argparse.Namespace, kind: type[Settings]) -> Settings:
+    """The dataclass that the flags of ``add_settings`` describe."""
+    values = {each.name: getattr(arguments, each.name) for each in fields(kind)}  # type: ignore
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _field_help(kind: type, name: str) -> str:
+    """What the "Attributes" of a docstring say of a field, in one line."""
+    lines = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
+    found = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", lines, re.MULTILINE)
+    assert found is not None, f"{kind.__name__} says nothing of {name}"
+    return " ".join(found.group(1).split()).removesuffix(".")
 
 
 def _add_train(commands: Any) -> None:
@@ -176,13 +214,9 @@ def _add_compare(commands: Any) -> None:
         "--train", metavar="SPLIT", default="train", help="of DATA.json, what strategies learn from"
     )
     add("--split", default="val", help="of DATA.json, to compare on")
-    add("--groups", nargs="+", default=["re-evaluate", "adjust", "train"], metavar="GROUP",
-        help="of strategies: re-evaluate, adjust, train")  # fmt: skip
-    add("--seeds", type=positive, default=3, help="how many")
-    add("--beams", type=positive, default=5, help="of the search, and candidates of an image")
-    add("--length-penalty", type=float, default=1.0, help="of the search")
-    add("--loss-captions", type=positive, default=2, help="of each image, to choose gates by")
-    add("--rated-images", type=positive, default=2000, help="whose candidates CIDEr is fitted on")
+    add("--groups", nargs="+", default=["rerank", "adapter", "finetune"], metavar="GROUP",
+        help="of strategies: rerank, adapter, finetune")  # fmt: skip
+    add_settings(parser, StudySettings)
 
 
 def _add_demo(commands: Any) -> None:
@@ -425,13 +459,16 @@ def _compare(arguments: argparse.Namespace) -> int:
     from blip_integration.captioner import load_captioner
     from rbm_kernels import plots
 
+    from .compare import changes_page, compare, markdown
     from .features import cached_features
     from .report import difference_chart
-    from .study import GROUPS, Run, Study, changes_page, compare, markdown
+    from .strategies import GROUPS, SHOWN
+    from .study import ORACLE, StrategyResult, Study
 
     unknown = [group for group in arguments.groups if group not in GROUPS]
     if unknown:
         raise ValueError(f"compare: --groups must be among {', '.join(GROUPS)}, got {unknown[0]!r}")
+    settings = settings_from(arguments, StudySettings)
     plots.require()  # Now, not after hours.
     train = _captioned_images(arguments, arguments.train)
     held_out = _captioned_images(arguments, arguments.split)
@@ -440,45 +477,40 @@ def _compare(arguments: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     beside = Path(f"{Path(arguments.model)}-features")
     cache = arguments.cache or (beside if beside.is_dir() else out / "features")
-    features = [
+    features, held_out_features = (
         cached_features(
             model.vision_model, data.paths, processor, cache / name, progress=show_progress()
         )
         for data, name in ((train, arguments.train), (held_out, arguments.split))
-    ]
+    )
     study = Study(
         model,
         processor.tokenizer,
-        features[0],
+        features,
         train.captions,
-        features[1],
+        held_out_features,
         held_out.captions,
         out,
-        seeds=tuple(range(arguments.seeds)),
-        beams=arguments.beams,
-        length_penalty=arguments.length_penalty,
-        loss_captions=arguments.loss_captions,
-        rated_images=arguments.rated_images,
+        settings,
     )
     started = time.perf_counter()
 
-    def on_run(run: Run) -> None:
-        _print_above_bars(f"{run.name}, seed {run.seed}: {run.seconds:.0f} s")
+    def on_result(result: StrategyResult) -> None:
+        _print_above_bars(f"{result.strategy.title}, seed {result.seed}: {result.seconds:.0f} s")
 
-    table = compare(study, arguments.groups, on_run)
+    table = compare(study, arguments.groups, on_result)
     text = markdown(table)
     (out / "table.md").write_text(text, encoding="utf-8")
     rows = {group: [asdict(row) for row in rows] for group, rows in table.items()}
     (out / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    best = next(row.name for row in table["re-evaluate"] if row.name.startswith("rerank: RBM"))
-    page = changes_page(study, best, held_out.paths)
+    page = changes_page(study, SHOWN, held_out.paths)
     (out / "changes.html").write_text(page, encoding="utf-8")
     # The oracle, who is told what people wrote, is as far away as the others are near each other.
     shown = {
         group: {
-            each.name.partition(": ")[2] or each.name: each.difference
-            for each in rows
-            if each.difference is not None and each.name != "oracle"
+            row.strategy.name: row.difference
+            for row in rows
+            if row.difference is not None and row.strategy != ORACLE
         }
         for group, rows in table.items()
     }

@@ -23,6 +23,7 @@ import blip_integration
 from benchmarks.captioning import cli, features, metrics, train_lite
 from benchmarks.captioning import lite_blip as captioner
 from benchmarks.captioning.files import save_captioner
+from benchmarks.captioning.settings import StudySettings
 from blip_integration.captioner import load_captioner, open_image
 from blip_integration.captions import beam_candidates
 from blip_integration.modeling import apply_rbm_to_blip
@@ -271,36 +272,43 @@ def test_evaluate_with_an_rbm_and_on_all_images(data, model, rbm, tmp_path, no_j
 def test_compare_studies_what_it_is_told(data, model, tmp_path, monkeypatch, capsys):
     """The comparison itself has its own tests."""
     pytest.importorskip("matplotlib")
-    from benchmarks.captioning import study as compare
+    from benchmarks.captioning import compare
+    from benchmarks.captioning.strategies import SHOWN
+    from benchmarks.captioning.study import TOP_1, StrategyResult
 
     called = []
 
-    def comparison(study, groups, on_run):
+    def comparison(study, groups, on_result):
         called.append((study, groups))
-        on_run(compare.Run("top-1", 0, [], seconds=2.0))
-        row = compare.Row("rerank: RBM", 2, {"CIDEr": 0.5}, 0.1, None, {}, 7, 1.0)
-        return {"re-evaluate": [row]}
+        on_result(StrategyResult(TOP_1, 0, [], seconds=2.0))
+        row = compare.Row(SHOWN, 2, {"CIDEr": 0.5}, 0.1, None, {}, 7, 1.0)
+        return {"rerank": [row]}
 
     monkeypatch.setattr(compare, "compare", comparison)
     monkeypatch.setattr(compare, "markdown", lambda table: f"| {list(table)} |\n")
-    monkeypatch.setattr(compare, "changes_page", lambda study, name, images: f"{name}: {images}")
+    monkeypatch.setattr(
+        compare, "changes_page", lambda study, strategy, images: f"{strategy.title}: {images}"
+    )
     out = tmp_path / "study"
     command = ["compare", str(data), "--model", str(model), "--out", str(out), "--seeds", "2"]
-    command += ["--length-penalty", "0.5"]
-    command += ["--groups", "adjust", "--beams", "4", "--cache", str(tmp_path / "cache")]
+    command += ["--length-penalty", "0.5", "--hidden", "7", "--strengths", "0.1", "1"]
+    command += ["--groups", "adapter", "--beams", "4", "--cache", str(tmp_path / "cache")]
     assert cli.main(command) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert printed.out.startswith("top-1, seed 0: 2 s\n| ['re-evaluate'] |\n")
-    assert (out / "table.md").read_text() == "| ['re-evaluate'] |\n"
-    [row] = json.loads((out / "table.json").read_text())["re-evaluate"]
+    assert printed.out.startswith("top-1, seed 0: 2 s\n| ['rerank'] |\n")
+    assert (out / "table.md").read_text() == "| ['rerank'] |\n"
+    [row] = json.loads((out / "table.json").read_text())["rerank"]
     assert row["metrics"] == {"CIDEr": 0.5} and row["parameters"] == 7
+    assert row["strategy"] == {"group": "rerank", "name": SHOWN.name}
     assert Image.open(out / "differences.png").format == "PNG"
     page = (out / "changes.html").read_text()
-    assert page.startswith("rerank: RBM: ") and page.count(".png") == 3
+    assert page.startswith(f"{SHOWN.title}: ") and page.count(".png") == 3
     [(study, groups)] = called
-    assert (groups, study.seeds, study.beams, study.folder) == (["adjust"], (0, 1), 4, out)
-    assert study.length_penalty == 0.5
+    assert (groups, study.folder) == (["adapter"], out)
+    assert study.settings == StudySettings(
+        seeds=2, beams=4, length_penalty=0.5, hidden=7, strengths=(0.1, 1.0)
+    )
     assert study.train.shape == (6, 17, 16) and len(study.train_captions) == 6
     assert study.val.shape == (3, 17, 16) and len(study.val_captions) == 3
     loaded, processor = load_captioner(model)
@@ -345,7 +353,9 @@ def here(data, model, rbm, tmp_path, monkeypatch) -> Path:
         ("train captions.json --out new --variant 7", "--variant: invalid choice: 7"),
         ("train captions.json --out new --split test", "split 'test' has no images"),
         ("train captions.json --out new --min-count 99", "a word that occurs 99 times or more"),
-        ("compare captions.json --model blip --out s --groups fly", "must be among re-evaluate"),
+        ("compare captions.json --model blip --out s --groups fly", "must be among rerank"),
+        ("compare captions.json --model blip --out s --hidden 0", "must be at least 1, got 0"),
+        ("compare captions.json --model blip --out s --strengths 2", "one or more of 0 to 1"),
         ("compare captions.json --model blip --out s --split x", "split 'x' has no images"),
     ],
 )
