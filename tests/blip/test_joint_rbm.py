@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
 from support.errors import raises
+from support.pairs import check_candidate_scores_are_those_of_all_pairs
 from support.statistics import assert_chi_square, assert_mean
 from torch import Tensor
 
@@ -17,7 +18,6 @@ pytest.importorskip("PIL")
 
 from support.enumeration import all_states, state_number
 
-from benchmarks.captioning.rankers import MatchMLP, TwoTower
 from blip_integration import joint_rbm as matching
 from blip_integration.joint_rbm import (
     FUNCTION_WORDS,
@@ -155,31 +155,6 @@ def test_score_is_the_pmi_of_enumerated_free_energies() -> None:
     scores = model(features, words.bool()).double()
     torch.testing.assert_close(scores, pmi, rtol=1e-4, atol=1e-5)
     assert scores[:, 0].abs().max() < 1e-5  # a caption without known words
-
-
-@pytest.mark.parametrize("model_class", [JointRBM, TwoTower, MatchMLP])
-def test_candidate_scores_are_those_of_all_pairs(
-    model_class: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    g = torch.Generator().manual_seed(3)
-    model = model_class(D, T, H, init_std=0.7, generator=g)
-    features, words = images(7), torch.rand(11, T, generator=g) < 0.5
-    scores = model(features, words)
-    assert scores.shape == (7, 11)
-    lists = words[None].expand(7, 11, T)
-    torch.testing.assert_close(model.candidate_scores(features, lists), scores)
-    scores.square().sum().backward()
-    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    # Two rows at a time, so that the last block is short.
-    monkeypatch.setattr(matching, "_PAIR_BLOCK", 2 * 11 * H)
-    in_blocks = model(features, words)
-    torch.testing.assert_close(in_blocks, scores)
-    in_blocks.square().sum().backward()
-    for p, gradient in zip(
-        (p for p in model.parameters() if p.grad is not None), gradients, strict=True
-    ):
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_pairs_are_formed_in_bounded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,3 +391,7 @@ def test_errors_name_what_came() -> None:
     raises(ValueError, "each once", "2 of which 1")(lambda: Vocabulary(("a", "a")))
     raises(ValueError, "size", "0")(lambda: Vocabulary.from_captions(["dog"], 0))
     raises(ValueError, "got 0")(lambda: Vocabulary.from_captions(["of the"]))
+
+
+def test_candidate_scores_are_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_candidate_scores_are_those_of_all_pairs(JointRBM, monkeypatch)

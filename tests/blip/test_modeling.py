@@ -14,13 +14,12 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from support import blip  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForImageTextToText,
-    BertTokenizer,
     BlipConfig,
     BlipForConditionalGeneration,
-    BlipProcessor,
     BlipVisionModel,
 )
 
@@ -36,7 +35,7 @@ from blip_integration.modeling import (  # noqa: E402
 )
 from rbm_kernels import RBM  # noqa: E402
 
-WIDTH, HIDDEN, IMAGE = 16, 12, 16
+WIDTH, HIDDEN, IMAGE = blip.WIDTH, 12, blip.SIDE
 
 DECODINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -65,25 +64,9 @@ class BrighterBlip(BlipForConditionalGeneration):
         self.post_init()
 
 
-def config(kind: type[BlipConfig] = BlipConfig, **more: Any) -> BlipConfig:
-    return kind(
-        text_config={
-            "vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.5,
-            "bos_token_id": 1, "pad_token_id": 0, "sep_token_id": 2, "eos_token_id": 2,
-        },
-        vision_config={
-            "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "image_size": IMAGE, "patch_size": 4,
-            "initializer_range": 0.5,
-        },
-        **more,
-    )  # fmt: skip
-
-
 def stock_model(kind: type[BlipForConditionalGeneration] = BlipForConditionalGeneration) -> Any:
     torch.manual_seed(0)
-    return kind(config(kind.config_class or BlipConfig)).eval()
+    return kind(blip.tiny_config(kind.config_class or BlipConfig)).eval()
 
 
 def gaussian_rbm(width: int = WIDTH, seed: int = 0) -> RBM:
@@ -128,7 +111,7 @@ def images(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def prompt() -> Tensor:
-    return torch.tensor([[5, 6, 7, 2]] * 3)
+    return torch.tensor([[5, 6, 7, 3]] * 3)
 
 
 def captions(model: Any, decoding: str = "beams", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -396,13 +379,13 @@ def test_our_checkpoint_into_stock(tmp_path: Path) -> None:
 
 def test_from_config() -> None:
     torch.manual_seed(0)
-    model = RBMBlipForConditionalGeneration(config(RBMBlipConfig, rbm={"n_hidden": 7}))
+    model = RBMBlipForConditionalGeneration(blip.tiny_config(RBMBlipConfig, rbm={"n_hidden": 7}))
     assert isinstance(model.vision_model, RBMBlipVisionModel)
     assert model.vision_model.rbm.reconstructor.n_hidden == 7
     assert model.config.rbm["mode"] == "mean_field"
     assert all(bool(t.isfinite().all()) for t in model.state_dict().values())
     with pytest.raises(ValueError, match=r"keys among .*got \['hidden'\]"):
-        RBMBlipForConditionalGeneration(config(RBMBlipConfig, rbm={"hidden": 7}))
+        RBMBlipForConditionalGeneration(blip.tiny_config(RBMBlipConfig, rbm={"hidden": 7}))
     # A config of release 0.1 has other keys.
     written = {"reconstructor": "rbm", "n_hidden": 7, "cls": "skip", "gate": 0.5}
     old = RBMSettings.from_config(written)
@@ -419,38 +402,9 @@ def test_copies(kind: Any) -> None:
         assert torch.equal(states(pickle.loads(pickle.dumps(model))), states(model))
 
 
-def test_lite_captioner(tmp_path: Path) -> None:
-    pytest.importorskip("efficientnet_lite_pytorch")
-    from benchmarks.captioning.lite_blip import LiteBlipConfig, LiteBlipForConditionalGeneration
-
-    text = config().text_config.to_dict()
-    model = LiteBlipForConditionalGeneration(
-        LiteBlipConfig(
-            text_config=text,
-            vision_config={
-                "hidden_size": WIDTH, "num_hidden_layers": 0, "variant": 0, "image_size": 224
-            },
-        )
-    ).eval()  # fmt: skip
-    features = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(4))
-    put_in(model, strength=0.75)
-    expected = model.vision_model.rbm(features)
-    assert torch.equal(model.vision_model(features).last_hidden_state, expected)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    assert isinstance(loaded, LiteBlipForConditionalGeneration)
-    assert torch.equal(loaded.vision_model(features).last_hidden_state, expected)
-    remove_rbm_from_blip(model)
-    assert torch.equal(model.vision_model(features).last_hidden_state, features)
-
-
 def test_pipeline_from_folder(tmp_path: Path) -> None:
     """A folder that is ready for the hub: model and processor, found by the pipeline alone."""
-    words = [f"w{i}" for i in range(33)]
-    vocabulary = ["[PAD]", "[DEC]", "[SEP]", "[UNK]", "[CLS]", "[MASK]", "a", *words]
-    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
-    kind = getattr(transformers, "BlipImageProcessorPil", transformers.BlipImageProcessor)
-    processor = BlipProcessor(kind(size={"height": IMAGE, "width": IMAGE}), tokenizer)
+    _, processor = blip.tiny_blip()
     model = put_in(stock_model(), strength=0.75)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -499,7 +453,7 @@ def test_apply_errors() -> None:
 
     refuses(TypeError, "got Linear", rbm, model=nn.Linear(2, 2))
     refuses(TypeError, "must be a BlipFor.*got BlipVisionModel", rbm,
-            model=BlipVisionModel(config().vision_config))  # fmt: skip
+            model=BlipVisionModel(blip.tiny_config().vision_config))  # fmt: skip
     refuses(ValueError, "fitted must have D = 16 .*got 8", gaussian_rbm(8))
     refuses(ValueError, "Gaussian visible units.*'bernoulli'", RBM(WIDTH, 3))
     refuses(TypeError, "fitted must be a GatedResidual .*got NoneType", None)

@@ -17,8 +17,7 @@ pytest.importorskip("transformers")
 from support import blip
 from transformers import AutoModelForImageTextToText, BlipForConditionalGeneration
 
-from benchmarks.captioning import cli
-from benchmarks.captioning.files import save_captioner
+from blip_integration import cli
 from blip_integration.captioner import image_loader, load_captioner
 from blip_integration.captions import beam_candidates
 from blip_integration.fitting import Schedule, fit_rbm
@@ -32,7 +31,8 @@ def name(request, tmp_path_factory):
     """A folder of a BLIP captioner, or a hub's name."""
     if request.param == "tiny":
         folder = tmp_path_factory.mktemp("blip") / "model"
-        save_captioner(*blip.tiny_blip(), folder)
+        for part in blip.tiny_blip():
+            part.save_pretrained(folder)
         return str(folder)
     if "RBM_BLIP_MODEL" not in os.environ:
         pytest.skip("RBM_BLIP_MODEL names no BLIP captioner")

@@ -11,84 +11,48 @@ from typing import Any
 
 import pytest
 import torch
+from support import blip
 from support.errors import raises
+from support.pairs import (
+    FAST,
+    TEXTS,
+    VOCABULARY,
+    check_fit_makes_a_reranker_of_captions,
+    check_save_and_load,
+    check_training_finds_what_belongs_together,
+    check_weight_decay_spares_biases,
+    drawn_pairs,
+    fresh,
+)
 from support.tensors import normal
 from torch import Tensor
 
 pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.captioning.metrics import candidate_ciders
-from benchmarks.captioning.rankers import (
-    ITCReranker,
-    ITMReranker,
-    MatchMLP,
-    RatedCandidates,
-    TwoTower,
-    fit_matching,
-    fit_to_quality,
-    listwise_loss,
-    pairwise_loss,
-)
 from blip_integration import ranker_training, rerank
 from blip_integration.captions import Candidates, generated_candidates
-from blip_integration.joint_rbm import JointRBM, PairModel, Vocabulary
+from blip_integration.joint_rbm import JointRBM, Vocabulary
 from blip_integration.ranker_training import (
     CaptionBags,
     PairTraining,
     fit_cd,
     fit_contrastive,
-    recall_of,
 )
 from blip_integration.rerank import (
     BlipReranker,
-    PairReranker,
     RBMReranker,
     Reranker,
     choose_weight,
     combined_scores,
     weight_grid,
 )
-
-COLOURS = ("red", "green", "blue", "black")
-THINGS = ("dog", "ball", "house", "tree")
-VOCABULARY = Vocabulary((*COLOURS, *THINGS))
-FAST = PairTraining(
-    epochs=12, batch_size=32, learning_rate=0.02, weight_decay=0.0, word_dropout=0.1,
-    feature_dropout=0.1, patience=12,
-)  # fmt: skip
-
-
-def drawn_captions(n: int, seed: int = 0) -> tuple[Tensor, list[list[str]]]:
-    """Images of one coloured thing, whose features show both, with two or three captions each."""
-    g = torch.Generator().manual_seed(seed)
-    colour, thing = torch.randint(0, 4, (2, n), generator=g)
-    features = 0.3 * torch.randn(n, 10, generator=g) + 5.0
-    features[torch.arange(n), colour] += 2.0
-    features[torch.arange(n), 4 + thing] += 2.0
-    captions = []
-    for i, (c, t) in enumerate(zip(colour.tolist(), thing.tolist(), strict=True)):
-        own = [f"a {COLOURS[c]} {THINGS[t]}", f"the {THINGS[t]}"]
-        captions.append(own + [f"it is {COLOURS[c]}"] * (i % 2))
-    return features, captions
-
-
-def drawn_pairs(n: int = 160) -> CaptionBags:
-    return CaptionBags.encode(*drawn_captions(n), VOCABULARY)
-
-
-def fresh(model_class: type[PairModel], pairs: CaptionBags, n_hidden: int = 16) -> Any:
-    model = model_class(10, len(VOCABULARY), n_hidden, generator=torch.Generator().manual_seed(0))
-    model.initialize_from_data(pairs.features, pairs.words)
-    return model
 
 
 def test_batches_have_every_caption_once_and_no_image_twice() -> None:
@@ -117,62 +81,6 @@ def test_parts_keep_captions_with_their_images() -> None:
     assert rows == {tuple(row) for row in pairs.features.tolist()}
 
 
-def test_listwise_loss_is_a_cross_entropy() -> None:
-    scores, quality = normal(3, 4), normal(3, 4, seed=1)
-    p, q = (quality / 0.5).softmax(1), scores.softmax(1)
-    expected = -(p * q.log()).sum(1).mean()
-    torch.testing.assert_close(listwise_loss(scores, quality, 0.5), expected)
-    # Least where the scores are the quality over the temperature.
-    assert listwise_loss(quality / 0.5, quality, 0.5) < expected
-
-
-def test_pairwise_loss_by_loops() -> None:
-    scores = normal(3, 4)
-    quality = torch.tensor([[0.0, 1.0, 1.0, 2.0], [3.0, 3.0, 3.0, 3.0], [0.5, 0.1, 0.9, 0.2]])
-    terms = [
-        max(
-            0.0, (quality[i, a] - quality[i, b]).item() / 0.5 - (scores[i, a] - scores[i, b]).item()
-        )
-        for i in range(3)
-        for a, b in itertools.permutations(range(4), 2)
-        if quality[i, a] > quality[i, b]
-    ]
-    expected = sum(terms) / len(terms)
-    assert pairwise_loss(scores, quality, 0.5).item() == pytest.approx(expected, rel=1e-5)
-    assert pairwise_loss(3 * quality, quality, 0.5) == 0  # every margin is kept
-    assert pairwise_loss(scores, torch.ones(3, 4), 0.5) == 0  # nothing to tell apart
-
-
-@pytest.mark.parametrize(
-    ("model_class", "fit"),
-    [
-        (JointRBM, fit_contrastive),
-        (TwoTower, fit_contrastive),
-        (MatchMLP, fit_matching),
-        (JointRBM, fit_cd),
-    ],
-)
-def test_training_finds_what_belongs_together(model_class: type[PairModel], fit: Any) -> None:
-    train, held_out = drawn_pairs().split(0.25)
-    model = fresh(model_class, train)
-    before = copy.deepcopy(train)
-    state = torch.get_rng_state()
-    history = fit(model, train, held_out, FAST)
-    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
-    assert torch.equal(before.features, train.features) and torch.equal(before.words, train.words)
-    assert recall_of(model, held_out).mean == max(history)  # the best epoch is the one kept
-    assert max(history) > history[0] + 0.15
-    again = fresh(model_class, train)
-    assert fit(again, train, held_out, FAST) == history
-    # A true caption beats one with the other colour or thing for nearly every image.
-    candidates = torch.stack([VOCABULARY.encode(["red dog", "blue dog", "red tree"])] * 8)
-    features = torch.full((8, 10), 5.0) + normal(8, 10, scale=0.1)
-    features[:, 0] += 2.0
-    features[:, 4] += 2.0
-    with torch.no_grad():
-        assert (model.candidate_scores(features, candidates).argmax(1) == 0).all()
-
-
 def test_persistent_chains_and_variances_train_too() -> None:
     train, held_out = drawn_pairs().split(0.25)
     model = fresh(JointRBM, train)
@@ -186,25 +94,12 @@ def test_persistent_chains_and_variances_train_too() -> None:
 
 def test_training_stops_when_no_better_epoch_comes() -> None:
     train, held_out = drawn_pairs().split(0.25)
-    model = fresh(TwoTower, train)
+    model = fresh(JointRBM, train)
     # A step far too small to change any rank: no epoch is better than the start.
     training = PairTraining(epochs=50, learning_rate=1e-12, patience=3, batch_size=32)
     start = copy.deepcopy(model.state_dict())
     assert len(fit_contrastive(model, train, held_out, training)) == 1 + 3
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("model_class", [JointRBM, TwoTower, MatchMLP])
-def test_weight_decay_spares_biases(model_class: type[PairModel]) -> None:
-    model = fresh(model_class, drawn_pairs())
-    start = copy.deepcopy(dict(model.named_parameters()))
-    epochs = iter(range(10))
-    training = PairTraining(epochs=1, learning_rate=0.1, weight_decay=2.0)
-    no_gradient = sum(0.0 * p.sum() for p in model.parameters())
-    ranker_training.train_ranker(model, lambda: iter([no_gradient]), lambda: next(epochs), training)
-    for name, parameter in model.named_parameters():
-        kept = 0.8 if name in ("W_image", "W_words") else 1.0
-        torch.testing.assert_close(parameter, kept * start[name], msg=name)
 
 
 def test_dropout_only_leaves_out() -> None:
@@ -223,32 +118,6 @@ def test_dropout_only_leaves_out() -> None:
     nothing = PairTraining(word_dropout=0.0, feature_dropout=0.0)
     same = ranker_training.with_dropout(model, *batch, nothing, g)
     assert torch.equal(same[0], batch[0]) and torch.equal(same[1], batch[1])
-
-
-@pytest.mark.parametrize("loss", ["listwise", "pairwise"])
-@pytest.mark.parametrize("anchored", [False, True])
-def test_fit_to_quality_ranks_new_lists(loss: str, anchored: bool) -> None:
-    pairs = drawn_pairs()
-    train, held_out = pairs.split(0.25)
-
-    def rated(part: CaptionBags) -> RatedCandidates:
-        # Right words count 1 each, whatever else is said; candidates are of one or two words.
-        texts = [" ".join(words) for words in itertools.product(COLOURS, THINGS)]
-        words = VOCABULARY.encode(texts)[None].expand(len(part), -1, -1)
-        own = torch.zeros(len(part), len(VOCABULARY))
-        own.index_add_(0, part.owner, part.words.float())
-        quality = (words & (own > 0)[:, None]).sum(2).float()
-        return RatedCandidates(part.features, words, quality)
-
-    lists, new = rated(train), rated(held_out)
-    model = fresh(JointRBM, train)
-    history = fit_to_quality(
-        model, lists, new, FAST, loss=loss, temperature=0.5, pairs=train if anchored else None
-    )
-    assert max(history) > history[0]
-    with torch.no_grad():
-        chosen = model.candidate_scores(new.features, new.words).argmax(1, keepdim=True)
-    assert new.quality.gather(1, chosen).mean() > 1.8  # chance is 0.5, the most is 2
 
 
 class Fixed(Reranker):
@@ -313,29 +182,6 @@ def test_choose_weight_is_the_best_of_all() -> None:
     assert standardised == pytest.approx(again, rel=1e-4)
 
 
-def test_mean_of_candidate_ciders_is_the_corpus_cider() -> None:
-    pytest.importorskip("pycocoevalcap")
-    from pycocoevalcap.cider.cider import Cider
-
-    references = [
-        ["a red dog runs", "the dog is running in grass"],
-        ["two men play ball", "men with a ball on a field"],
-        ["a black house", "the house is old and black"],
-    ]
-    texts = [
-        ["a red dog runs", "a dog", "two men", "a red house"],
-        ["a dog", "men play ball on a field", "two men", "the field"],
-        ["a black house", "a red house", "the house is old", "black"],
-    ]
-    ciders = candidate_ciders(texts, references)
-    chosen = torch.tensor([1, 1, 2])
-    numbered = {i: own for i, own in enumerate(references)}
-    picked = {i: [texts[i][c]] for i, c in enumerate(chosen.tolist())}
-    corpus, _ = Cider().compute_score(numbered, picked)
-    assert ciders.gather(1, chosen[:, None]).mean().item() == pytest.approx(corpus)
-    assert ciders.argmax(1).tolist() == [0, 1, 0]
-
-
 @pytest.fixture(scope="module")
 def rbm() -> JointRBM:
     g = torch.Generator().manual_seed(2)
@@ -343,9 +189,6 @@ def rbm() -> JointRBM:
     with torch.no_grad():
         model.b_words.copy_(torch.randn(len(VOCABULARY), generator=g))
     return model
-
-
-TEXTS = [["a red dog", "the blue tree"], ["", "something unheard of"], ["Dog. Dog!", "a dog"]]
 
 
 def test_rbm_reranker_scores_texts(rbm: JointRBM) -> None:
@@ -366,32 +209,6 @@ def test_rbm_reranker_scores_texts(rbm: JointRBM) -> None:
     assert scores[2, 0] == scores[2, 1]
 
 
-@pytest.mark.parametrize(
-    ("reranker_class", "objective"),
-    [(RBMReranker, None), (RBMReranker, "cd"), (ITCReranker, None), (ITMReranker, None)],
-)
-def test_fit_makes_a_reranker_of_captions(
-    reranker_class: type[PairReranker], objective: str | None
-) -> None:
-    features, captions = drawn_captions(120)
-    reranker = reranker_class.fit(
-        features, captions, n_words=6, n_hidden=16, objective=objective, training=FAST
-    )
-    assert type(reranker.model) is reranker_class.model_class
-    assert len(reranker.vocabulary) == 6
-    true = [own[:1] for own in captions]
-    others = [[*own, *other] for own, other in zip(true, true[1:] + true[:1], strict=True)]
-    differ = torch.tensor([own != other for own, other in others])
-    scores = reranker.score(features, others)
-    assert (scores[:, 0] >= scores[:, 1])[differ].float().mean() > 0.8
-    raises(ValueError, "objective", "'ranking'")(
-        lambda: reranker_class.fit(features, captions, objective="ranking")
-    )
-    raises(ValueError, "ITMReranker", "'cd'")(
-        lambda: ITMReranker.fit(features, captions, objective="cd")
-    )
-
-
 def test_scores_do_not_depend_on_how_many_at_a_time(
     rbm: JointRBM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,63 +218,14 @@ def test_scores_do_not_depend_on_how_many_at_a_time(
     torch.testing.assert_close(reranker.score(features, TEXTS), scores)
 
 
-@pytest.mark.parametrize(
-    ("reranker_class", "model_class"),
-    [(RBMReranker, JointRBM), (ITCReranker, TwoTower), (ITMReranker, MatchMLP)],
-)
-def test_save_and_load(
-    reranker_class: type[PairReranker], model_class: type[PairModel], tmp_path: Path
-) -> None:
-    model = fresh(model_class, drawn_pairs(20))
-    reranker = reranker_class(model, VOCABULARY)
-    reranker.save_pretrained(tmp_path / "model")
-    loaded = reranker_class.from_pretrained(tmp_path / "model")
-    assert type(loaded) is reranker_class and loaded.vocabulary == VOCABULARY
-    features = normal(3, 10)
-    assert torch.equal(loaded.score(features, TEXTS), reranker.score(features, TEXTS))
-    others = {RBMReranker, ITCReranker, ITMReranker} - {reranker_class}
-    for other in others:
-        raises(ValueError, model_class.__name__, other.__name__)(
-            lambda other=other: other.from_pretrained(tmp_path / "model")
-        )
-        raises(TypeError, model_class.__name__)(lambda other=other: other(model, VOCABULARY))
-    (tmp_path / "model" / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
-        reranker_class.from_pretrained(tmp_path / "model")
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["[PAD]", "[UNK]", "[DEC]", "[SEP]", "[CLS]", *COLOURS, *THINGS, "a", "the"]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", bos_token="[DEC]",
-        sep_token="[SEP]", model_max_length=16,
-    )  # fmt: skip
-
-
-def tiny_config(vocabulary: int) -> BlipConfig:
-    size = {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "initializer_range": 0.5,
-    }  # fmt: skip
-    return BlipConfig(
-        text_config={
-            **size, "vocab_size": vocabulary, "encoder_hidden_size": 16, "projection_dim": 8,
-            "max_position_embeddings": 16, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3,
-            "pad_token_id": 0,
-        },
-        vision_config={**size, "image_size": 32, "patch_size": 16, "projection_dim": 8},
-        projection_dim=8,
-        image_text_hidden_size=8,
-    )  # fmt: skip
+    return blip.tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def captioner(tokenizer: PreTrainedTokenizerFast) -> BlipForConditionalGeneration:
-    torch.manual_seed(0)
-    return BlipForConditionalGeneration(tiny_config(len(tokenizer))).eval()
+def captioner() -> BlipForConditionalGeneration:
+    return blip.tiny_blip()[0]
 
 
 def generate(model: BlipForConditionalGeneration, **options: Any) -> Any:
@@ -485,7 +253,7 @@ def test_sampled_output_is_scored_by_its_mean_log_probability(
     captioner: BlipForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     torch.manual_seed(1)
-    output = generate(captioner, do_sample=True, top_k=5, num_return_sequences=3)
+    output = generate(captioner, do_sample=True, temperature=3.0, num_return_sequences=3)
     candidates = generated_candidates(output, tokenizer, 3)
     steps = captioner.text_decoder.compute_transition_scores(
         output.sequences, output.scores, normalize_logits=True
@@ -502,12 +270,12 @@ def test_sampled_output_is_scored_by_its_mean_log_probability(
 @pytest.mark.parametrize("head", ["itm", "itc"])
 def test_blip_reranker_equals_the_model(head: str, tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(0)
-    config = tiny_config(len(tokenizer))
+    config = blip.tiny_config()
     config.text_config.hidden_dropout_prob = 0.5
     model = BlipForImageTextRetrieval(config).train()
     reranker = BlipReranker(model, tokenizer, head, batch_size=4)
     pixels = normal(3, 3, 32, 32)
-    texts = [["a red dog", "tree", "the"], ["blue ball", "a", "dog dog"], ["red", "a a a a", "the"]]
+    texts = [["a red circle", "white", "on"], ["blue grey", "a", "on on"], ["red", "a a a a", "on"]]
     with torch.no_grad():
         embeddings = model.vision_model(pixels).last_hidden_state
         scores = reranker.score(embeddings, texts)
@@ -549,12 +317,6 @@ def test_errors_name_what_came(rbm: JointRBM, tokenizer: PreTrainedTokenizerFast
     raises(ValueError, "4 sequences", "3 images")(
         lambda: generated_candidates(output, tokenizer, 3)
     )
-    raises(ValueError, "loss", "'hinge'")(
-        lambda: fit_to_quality(rbm, None, None, loss="hinge")  # type: ignore[arg-type]
-    )
-    raises(ValueError, "temperature", "0")(
-        lambda: fit_to_quality(rbm, None, None, temperature=0)  # type: ignore[arg-type]
-    )
     raises(ValueError, "word_dropout", "1.0")(lambda: PairTraining(word_dropout=1.0))
     raises(ValueError, "epochs", "0")(lambda: PairTraining(epochs=0))
     raises(ValueError, "learning_rate", "0")(lambda: PairTraining(learning_rate=0))
@@ -565,9 +327,21 @@ def test_errors_name_what_came(rbm: JointRBM, tokenizer: PreTrainedTokenizerFast
     raises(ValueError, "each of the 2 images", "1 different")(
         lambda: CaptionBags.encode(normal(2, 3), [["dog"], []], VOCABULARY)
     )
-    raises(ValueError, "one length", "1 to 2")(
-        lambda: RatedCandidates.encode(normal(2, 3), [["a"], ["a", "b"]], normal(2, 2), VOCABULARY)
-    )
-    raises(ValueError, "[2, 1, 8]", "[2, 3]")(
-        lambda: RatedCandidates.encode(normal(2, 3), [["a"], ["b"]], normal(2, 3), VOCABULARY)
-    )
+
+
+@pytest.mark.parametrize("fit", [fit_contrastive, fit_cd])
+def test_training_finds_what_belongs_together(fit: Any) -> None:
+    check_training_finds_what_belongs_together(JointRBM, fit)
+
+
+def test_weight_decay_spares_biases() -> None:
+    check_weight_decay_spares_biases(JointRBM)
+
+
+@pytest.mark.parametrize("objective", [None, "cd"])
+def test_fit_makes_a_reranker_of_captions(objective: str | None) -> None:
+    check_fit_makes_a_reranker_of_captions(RBMReranker, objective)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    check_save_and_load(RBMReranker, [], tmp_path)

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from PIL import Image
+from support import blip
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -36,6 +37,8 @@ from benchmarks.captioning.train_lite import (
     train_captioner,
 )
 from blip_integration.captions import Candidates, beam_candidates, normalize_caption
+from blip_integration.modeling import apply_rbm_to_blip, remove_rbm_from_blip
+from rbm_kernels import RBM
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
@@ -462,3 +465,25 @@ def test_parts_and_choices():
 def test_candidates_that_do_not_fit(ids, texts, scores, message):
     with pytest.raises(ValueError, match=message):
         Candidates(ids, texts, scores)
+
+
+def test_an_rbm_behind_its_features(tmp_path):
+    text = blip.tiny_blip()[0].config.text_config.to_dict()
+    model = LiteBlipForConditionalGeneration(
+        LiteBlipConfig(
+            text_config=text,
+            vision_config={
+                "hidden_size": blip.WIDTH, "num_hidden_layers": 0, "variant": 0, "image_size": 224
+            },
+        )
+    ).eval()  # fmt: skip
+    features = torch.randn(2, 5, blip.WIDTH, generator=torch.Generator().manual_seed(4))
+    apply_rbm_to_blip(model, RBM(blip.WIDTH, 3, "gaussian"), strength=0.75)
+    expected = model.vision_model.rbm(features)
+    assert torch.equal(model.vision_model(features).last_hidden_state, expected)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, LiteBlipForConditionalGeneration)
+    assert torch.equal(loaded.vision_model(features).last_hidden_state, expected)
+    remove_rbm_from_blip(model)
+    assert torch.equal(model.vision_model(features).last_hidden_state, features)

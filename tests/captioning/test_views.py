@@ -14,7 +14,10 @@ from support import blip
 
 from benchmarks.captioning import features, lite_blip
 from benchmarks.captioning.features import cached_features, cached_vision_model, view_loader
-from benchmarks.captioning.files import whole_folder
+from benchmarks.captioning.files import save_captioner, whole_folder
+from blip_integration.captioner import load_captioner
+from blip_integration.modeling import apply_rbm_to_blip
+from rbm_kernels import RBM
 
 
 @pytest.fixture
@@ -149,3 +152,22 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     with whole_folder(tmp_path / "empty") as unfinished:
         (unfinished / "file").write_text("1")
     assert (tmp_path / "empty" / "file").is_file()
+
+
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_lite_captioners_survive_a_folder(tmp_path, adjusted):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    _, processor = blip.tiny_blip()
+    config = lite_blip.LiteVisionConfig(variant=0, hidden_size=blip.WIDTH, num_hidden_layers=0)
+    vision = lite_blip.LiteVisionModel(config)
+    model = lite_blip.lite_blip(vision, processor.tokenizer, layers=1, heads=2).eval()
+    if adjusted:
+        apply_rbm_to_blip(model, RBM(blip.WIDTH, 3, "gaussian"), strength=0.6)
+    save_captioner(model, processor, tmp_path / "model")
+    loaded, with_it = load_captioner(tmp_path / "model")
+    assert type(loaded) is type(model) and not loaded.training
+    wanted, got = model.state_dict(), loaded.state_dict()
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+    text = "a red circle"
+    assert with_it.tokenizer(text).input_ids == processor.tokenizer(text).input_ids

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipImageProcessorPil,
     BlipProcessor,
+    PreTrainedTokenizerFast,
 )
-
-from benchmarks.captioning.lite_blip import word_tokenizer
 
 WIDTH, SIDE = 16, 32
 COLOURS = ("red", "green", "blue")
@@ -40,41 +41,60 @@ def draw_data(folder: Path, train: int = 6, val: int = 3) -> Path:
     return file
 
 
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The words of ``CAPTIONS``, with BERT's marks and BLIP's ``[DEC]`` before each sequence."""
+    words = sorted({word for caption in CAPTIONS for word in caption.split()})
+    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[DEC]", "[SEP]", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[DEC] $A [SEP]", special_tokens=[("[DEC]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", bos_token="[DEC]",
+        eos_token="[SEP]", sep_token="[SEP]", clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def tiny_config(
+    kind: type[BlipConfig] = BlipConfig, *, initializer_range: float = 0.5, **more: Any
+) -> BlipConfig:
+    """BLIP of two small layers a side, with pictures of 32 x 32 in 16 patches."""
+    tokenizer = tiny_tokenizer()
+    layers = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": WIDTH // 2,
+        "initializer_range": initializer_range,
+    }
+    text = {
+        **layers,
+        "vocab_size": len(tokenizer),
+        "encoder_hidden_size": WIDTH,
+        "max_position_embeddings": 32,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = {**layers, "image_size": SIDE, "patch_size": SIDE // 4}
+    sizes = {"projection_dim": WIDTH // 2, "image_text_hidden_size": WIDTH // 2}
+    return kind(text_config=text, vision_config=vision, **sizes, **more)
+
+
 def tiny_blip(
     seed: int = 0, initializer_range: float = 0.5
 ) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
-    """Stock BLIP of two small layers, with pictures of 32 x 32 in 16 patches."""
-    tokenizer = word_tokenizer(CAPTIONS, min_count=1)
-    config = BlipConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": WIDTH,
-            "encoder_hidden_size": WIDTH,
-            "intermediate_size": 2 * WIDTH,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 32,
-            "initializer_range": initializer_range,
-            "bos_token_id": tokenizer.bos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "sep_token_id": tokenizer.sep_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
-        vision_config={
-            "hidden_size": WIDTH,
-            "intermediate_size": 2 * WIDTH,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": SIDE,
-            "patch_size": SIDE // 4,
-            "initializer_range": initializer_range,
-        },
-    )
+    """A stock captioner of ``tiny_config`` with random weights, and its processor."""
+    config = tiny_config(initializer_range=initializer_range)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = BlipForConditionalGeneration(config).eval()
     images = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    return model, BlipProcessor(images, tokenizer)
+    return model, BlipProcessor(images, tiny_tokenizer())
 
 
 def readme_folder(folder: Path) -> None:
