@@ -73,7 +73,7 @@ def measure(shape: tuple[int, int, int] = SHAPE) -> dict[str, dict[str, dict[str
 
 
 def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The Markdown table of :func:`measure`."""
+    """What ``measure`` found, as a Markdown table."""
     kinds = list(found)
     columns = ["product"] + [f"{kind}, {what}" for kind in kinds for what in ("worst", "rms")]
     names = [name for name in found[kinds[0]] if "value" not in found[kinds[0]][name]]

