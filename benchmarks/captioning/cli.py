@@ -190,7 +190,7 @@ def _add_evaluate(commands: Any) -> None:
     add_rbm(parser)
     add("--split", default="val", help="of DATA.json, or all")
     add("--out", type=Path, help="JSON file for scores, settings and captions")
-    add("--tokeniser", choices=("plain", "ptb"), default="plain", help="ptb needs Java")
+    add("--tokenizer", choices=("plain", "ptb"), default="plain", help="ptb needs Java")
     add("--spice", action="store_true", help="SPICE too: Java, and files that it needs")
     add_decoding(parser)
 
@@ -415,7 +415,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     data = _captioned_images(arguments, arguments.split)
     if arguments.out is not None:
         require_file_to_write("--out", arguments.out)
-    options = {"tokeniser": arguments.tokeniser, "spice": arguments.spice}
+    options = {"tokenizer": arguments.tokenizer, "spice": arguments.spice}
     # A metric whose program or files are missing fails here, not after the captions.
     evaluate(["a dog"], [["a dog"]], meteor=False, **options)
     model, processor = open_captioner(arguments)
@@ -444,7 +444,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             "max_length": arguments.max_length,
             "length_penalty": arguments.length_penalty,
             "prompt": arguments.prompt,
-            "tokeniser": arguments.tokeniser,
+            "tokenizer": arguments.tokenizer,
             "scores": scores,
             "captions": [
                 {"id": name, "caption": text, "references": references}

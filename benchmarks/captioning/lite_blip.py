@@ -128,7 +128,9 @@ def _fold_batch_norm(network: Any) -> None:
 
 @torch.inference_mode()
 def principal_components(maps: Iterable[Tensor], n_components: int) -> tuple[Tensor, Tensor]:
-    """Mean and leading principal directions of feature vectors, from one pass over them.
+    """Mean and leading principal directions of feature vectors.
+
+    All vectors are held in memory at once, 500 MB of those of the 600 images that are usual.
 
     Args:
         maps: Tensors [..., C].
@@ -139,26 +141,24 @@ def principal_components(maps: Iterable[Tensor], n_components: int) -> tuple[Ten
         ``(x - mean) @ components`` of these vectors have a mean variance of 1.
 
     Raises:
-        ValueError: No vectors, or a D that is out of range.
+        ValueError: Fewer than two vectors, or a D that is out of range.
     """
-    count, total, products = 0, None, None
-    for x in maps:
-        rows = x.reshape(-1, x.shape[-1]).double()
-        count += rows.shape[0]
-        total = rows.sum(0) if total is None else total + rows.sum(0)
-        square = rows.T @ rows
-        products = square if products is None else products + square
-    if total is None or products is None or count == 0:
-        raise ValueError("principal_components: maps must hold one vector or more, got none")
-    if not 1 <= n_components <= total.numel():
+    from sklearn.decomposition import PCA
+
+    rows = [x.reshape(-1, x.shape[-1]).double() for x in maps]
+    if sum(map(len, rows)) < 2:
+        raise ValueError("principal_components: maps must hold two vectors or more")
+    if not 1 <= n_components <= rows[0].shape[1]:
         raise ValueError(
-            f"principal_components: n_components must lie in 1..{total.numel()}, got {n_components}"
+            f"principal_components: n_components must lie in 1..{rows[0].shape[1]}, "
+            f"got {n_components}"
         )
-    mean = total / count
-    variances, directions = torch.linalg.eigh(products / count - torch.outer(mean, mean))
-    leading = directions[:, -n_components:].flip(1)
-    scale = variances[-n_components:].clamp_min(0).mean().sqrt()
-    return mean.float(), (leading / scale.clamp_min(torch.finfo(torch.float32).tiny)).float()
+    pca = PCA(n_components, svd_solver="covariance_eigh").fit(torch.cat(rows).numpy())
+    n = pca.n_samples_
+    variance = pca.explained_variance_.mean() * (n - 1) / n  # of these vectors, not of a population
+    scale = max(variance**0.5, torch.finfo(torch.float32).tiny)
+    mean, components = torch.from_numpy(pca.mean_), torch.from_numpy(pca.components_.T / scale)
+    return mean.float(), components.float()
 
 
 class LiteVisionConfig(BlipVisionConfig):

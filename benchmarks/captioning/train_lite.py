@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
-from transformers import BlipForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    BlipForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
 
 from .features import FeatureCache
 from .lite_blip import LiteBlipForConditionalGeneration
@@ -110,14 +113,8 @@ def train_captioner(
         groups, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
     updates = settings.epochs * -(-len(ids) // settings.batch)
-    warmup = max(1, round(settings.warmup * updates))
-
-    def rate(update: int) -> float:
-        if update < warmup:
-            return (update + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (update - warmup) / max(1, updates - warmup)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    warmup = round(settings.warmup * updates)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, updates)
     generator = torch.Generator().manual_seed(settings.seed)
     device = model.device
     model.train()
