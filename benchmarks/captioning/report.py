@@ -12,10 +12,11 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -127,10 +128,10 @@ def training_curves(history: History) -> Figure:
     left.plot(np.arange(len(smooth)) + (window - 1) / 2, smooth, color=_BLUE, lw=1.6)
     left.set(title="loss of each update", xlabel="update", ylabel="nats per word")
     epochs = [record["epoch"] for record in history.epochs]
-    for key, label, colour in (("train_loss", "training", _BLUE), ("val_loss", "held-out", _RED)):
+    for key, label, color in (("train_loss", "training", _BLUE), ("val_loss", "held-out", _RED)):
         if all(key in record for record in history.epochs):
             values = [record[key] for record in history.epochs]
-            middle.plot(epochs, values, color=colour, lw=1.6, marker="o", ms=3, label=label)
+            middle.plot(epochs, values, color=color, lw=1.6, marker="o", ms=3, label=label)
     middle.legend(frameon=False, fontsize=9)
     middle.set(title="mean loss of each epoch", xlabel="epoch", ylabel="nats per word")
     rates = [record["learning_rate"] for record in history.epochs]
@@ -164,9 +165,9 @@ def difference_chart(
         )  # fmt: skip
         place += 0.9
         for value, low, high in members.values():
-            colour = _GREY if low <= 0 <= high else _BLUE if value > 0 else _RED
-            axes.plot([low, high], [place, place], color=colour, lw=1.8)
-            axes.plot([value], [place], color=colour, marker="o", ms=4.5)
+            color = _GREY if low <= 0 <= high else _BLUE if value > 0 else _RED
+            axes.plot([low, high], [place, place], color=color, lw=1.8)
+            axes.plot([value], [place], color=color, marker="o", ms=4.5)
             ticks.append(place)
             place += 1
         place += 0.4
@@ -271,236 +272,57 @@ def caption_page(
     """
     if not pictures:
         raise ValueError("caption_page: pictures must hold one or more, got none")
-    furthest = max((1 - p.drift for p in pictures if p.drift is not None), default=0.0)
-    cards = "\n".join(
-        _card(number, picture, labels, furthest) for number, picture in enumerate(pictures)
-    )
-    most_words = max(len(p.words) if p.attention is not None else 0 for p in pictures)
-    note_html = f'\n<p class="note">{escape(note)}</p>' if note else ""
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(title)}</title>
-<style>{_STYLE}{_light_rules(most_words)}</style>
-</head>
-<body>
-<header>
-<h1>{escape(title)}</h1>{note_html}
-{_summary(pictures, labels, metrics or {})}
-</header>
-<main>
-{cards}
-</main>
-</body>
-</html>
-"""
-
-
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --ground: #f4f5f8; --card: #ffffff; --ink: #1b2130; --quiet: #5a6376; --line: #dfe3ea;
-  --accent: #3353c9; --chip: #eef1f7; --came: #d7f0df; --came-ink: #0f5a2c;
-  --went: #fbe3dc; --went-ink: #8a2f14; --shadow: 0 1px 2px #1b213014, 0 6px 20px #1b21300d;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ground: #11141b; --card: #1a1f29; --ink: #e9ecf3; --quiet: #a2acbf; --line: #2c3341;
-    --accent: #9db2ff; --chip: #252c39; --came: #173f28; --came-ink: #a9e9c0;
-    --went: #4a2419; --went-ink: #ffc4b1; --shadow: none;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: clamp(1rem, 4vw, 3rem); max-width: 84rem;
-  background: var(--ground); color: var(--ink);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
-}
-h1 { margin: 0; font-size: clamp(1.6rem, 4vw, 2.2rem); line-height: 1.2;
-  letter-spacing: -0.02em; text-wrap: balance; }
-.note { margin: .5rem 0 0; max-width: 65ch; color: var(--quiet); }
-.summary { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.5rem 0 2rem; }
-.summary > div { flex: 1 1 8.5rem; padding: .8rem 1rem; border: 1px solid var(--line);
-  border-radius: .8rem; background: var(--card); }
-.summary dt { color: var(--quiet); font-size: .8rem; }
-.summary dd { margin: 0; font-size: 1.25rem; font-weight: 600; }
-.summary small { font-size: .85rem; font-weight: 400; color: var(--quiet); white-space: nowrap; }
-main { display: grid; gap: 1.25rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); }
-article { overflow: hidden; border: 1px solid var(--line); border-radius: 1rem;
-  background: var(--card); box-shadow: var(--shadow); }
-.picture { position: relative; border-bottom: 1px solid var(--line); }
-.picture img { display: block; width: 100%; height: auto; }
-.picture .veil { position: absolute; inset: 0; height: 100%; opacity: 0;
-  transition: opacity .18s; }
-.body { padding: 1rem 1.15rem 1.2rem; }
-h2 { margin: 0 0 .6rem; overflow-wrap: anywhere; color: var(--quiet); font-size: .85rem;
-  font-weight: 500; }
-h3, legend { padding: 0; margin: 0; color: var(--quiet); font-size: .78rem; font-weight: 500; }
-.caption { margin: 0 0 .7rem; font-size: 1.08rem; line-height: 1.4; overflow-wrap: anywhere; }
-ins, del { padding: .05em .25em; border-radius: .3em; }
-ins { background: var(--came); color: var(--came-ink); text-decoration: none; font-weight: 600; }
-del { background: var(--went); color: var(--went-ink); }
-.same { padding: .1em .5em; border-radius: 1em; background: var(--chip); font-size: .72rem; }
-fieldset { margin: .9rem 0 0; padding: 0; border: 0; }
-.words { display: flex; flex-wrap: wrap; gap: .35rem; margin-top: .35rem; }
-.words label { position: relative; cursor: pointer; }
-.words input { position: absolute; inset: 0; margin: 0; opacity: 0; cursor: inherit; }
-.words span { display: block; padding: .15rem .6rem; border: 1px solid transparent;
-  border-radius: 1em; background: var(--chip); font-size: .88rem; }
-.words label:hover span { border-color: var(--accent); }
-.words input:checked + span { background: var(--accent); color: var(--card); }
-.words input:focus-visible + span { outline: 2px solid var(--accent); outline-offset: 2px; }
-table { width: 100%; margin-top: 1rem; border-collapse: collapse; font-size: .88rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem 0 .3rem .6rem; border-top: 1px solid var(--line); text-align: right;
-  font-weight: 400; }
-thead th { border: 0; color: var(--quiet); font-size: .78rem; }
-th:first-child { padding-left: 0; text-align: left; }
-.drift { margin-top: 1rem; }
-.drift p { display: flex; justify-content: space-between; margin: 0 0 .3rem; font-size: .88rem;
-  font-variant-numeric: tabular-nums; }
-.drift p span { color: var(--quiet); }
-.bar { height: .4rem; border-radius: 1em; background: var(--chip); overflow: hidden; }
-.bar div { height: 100%; border-radius: inherit; background: var(--accent); }
-details { margin-top: 1rem; font-size: .9rem; }
-summary { color: var(--accent); cursor: pointer; }
-details ul { margin: .4rem 0 0; padding-left: 1.1rem; }
-@media (prefers-reduced-motion: reduce) { .veil { transition: none !important; } }
-@media print { body { background: none; } article { break-inside: avoid; } }
-"""
-
-
-def _light_rules(most_words: int) -> str:
-    """Show the veil of the word that is chosen, or of the one under the pointer."""
-    rules = []
-    for number in range(1, most_words + 1):
-        # The first label is the whole picture, and has no veil.
-        chosen = f"article:has(.words label:nth-child({number + 1}) input:checked)"
-        pointed = f"article:has(.words label:nth-child({number + 1}):hover)"
-        veil = f".veil:nth-of-type({number + 1})"
-        rules.append(f"{chosen}:not(:has(.words label:hover)) {veil}, {pointed} {veil}")
-    return ", ".join(rules) + " { opacity: 1; }\n" if rules else ""
-
-
-def _summary(
-    pictures: Sequence[CaptionedPicture],
-    labels: tuple[str, str],
-    metrics: Mapping[str, Sequence[float]],
-) -> str:
-    tiles = [("pictures", f"{len(pictures)}")]
-    changed = [p.after.split() != p.before.split() for p in pictures if p.after is not None]
-    if changed:
-        tiles.append(("captions changed", f"{sum(changed)} <small>of {len(changed)}</small>"))
+    shown = [p.after.split() != p.before.split() for p in pictures if p.after is not None]
     drifts = [p.drift for p in pictures if p.drift is not None]
-    if drifts:
-        tiles.append(("mean cosine", f"{sum(drifts) / len(drifts):.4f}"))
-    for name, values in metrics.items():
-        value = _number(values[-1])
-        if len(values) > 1:
-            value += f" <small>{escape(labels[0])} {_number(values[0])}</small>"
-        tiles.append((escape(name), value))
-    items = "".join(f"\n<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)
-    return f'<dl class="summary">{items}\n</dl>'
-
-
-def _card(number: int, picture: CaptionedPicture, labels: tuple[str, str], furthest: float) -> str:
-    image = _shrunk(picture.image, _JPEG_SIDE)
-    veils = words = ""
-    if picture.attention is not None:
-        veils = "".join(_veil_tags(picture.attention, picture.grid, image.size))
-        words = _word_choice(number, picture.words)
-    heading = f"picture-{number}"
-    return f"""<article aria-labelledby="{heading}">
-<div class="picture"><img src="{_jpeg(image)}" width="{image.width}" height="{image.height}" \
-alt="{escape(picture.name)}">{veils}</div>
-<div class="body">
-<h2 id="{heading}">{escape(picture.name)}</h2>
-{_captions(picture, labels)}{words}{_scores(picture, labels)}{_drift(picture, furthest)}\
-{_references(picture)}</div>
-</article>"""
-
-
-def _captions(picture: CaptionedPicture, labels: tuple[str, str]) -> str:
-    before = picture.before.split()
-    if picture.after is None:
-        return f'<p class="caption">{escape(" ".join(before))}</p>\n'
-    after = picture.after.split()
-    if before == after:
-        same = f'{escape(labels[0])} and {escape(labels[1])} <span class="same">unchanged</span>'
-        return f'<h3>{same}</h3>\n<p class="caption">{escape(" ".join(after))}</p>\n'
-    went, came = _marked(before, after)
-    return (
-        f'<h3>{escape(labels[0])}</h3>\n<p class="caption">{went}</p>\n'
-        f'<h3>{escape(labels[1])}</h3>\n<p class="caption">{came}</p>\n'
+    furthest = max((1 - drift for drift in drifts), default=0.0)
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["number"] = _number
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        title=title,
+        note=note,
+        labels=labels,
+        metrics=metrics or {},
+        compared=len(shown),
+        changed=sum(shown),
+        drift=sum(drifts) / len(drifts) if drifts else None,
+        most_words=max(len(p.words) if p.attention is not None else 0 for p in pictures),
+        cards=[_card(picture, furthest) for picture in pictures],
     )
 
 
-def _marked(before: list[str], after: list[str]) -> tuple[str, str]:
-    """Both captions, with <del> around the words that went and <ins> around those that came."""
+def _card(picture: CaptionedPicture, furthest: float) -> dict[str, Any]:
+    """What the page needs of a picture beside the picture itself."""
+    image = _shrunk(picture.image, _JPEG_SIDE)
+    veils = []
+    if picture.attention is not None:
+        veils = _veils(picture.attention, picture.grid, image.size)
+    drift = 0.0 if picture.drift is None or furthest <= 0 else (1 - picture.drift) / furthest
+    went, came = _marked(picture.before.split(), (picture.after or "").split())
+    return {
+        "picture": picture,
+        "image": _data_uri(image, "JPEG", quality=_JPEG_QUALITY, optimize=True),
+        "width": image.width,
+        "height": image.height,
+        "veils": veils,
+        "went": went,
+        "came": came,
+        "drift_percent": 100 * drift,
+    }
+
+
+def _marked(
+    before: list[str], after: list[str]
+) -> tuple[list[tuple[bool, str]], list[tuple[bool, str]]]:
+    """Both captions in parts, each with whether its words are in this caption alone."""
     went, came = [], []
     matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
     for kind, i, i_end, j, j_end in matcher.get_opcodes():
-        old, new = escape(" ".join(before[i:i_end])), escape(" ".join(after[j:j_end]))
-        if old:
-            went.append(old if kind == "equal" else f"<del>{old}</del>")
-        if new:
-            came.append(new if kind == "equal" else f"<ins>{new}</ins>")
-    return " ".join(went), " ".join(came)
-
-
-def _word_choice(number: int, words: Sequence[str]) -> str:
-    choices = [
-        f'<label><input type="radio" name="word-{number}"{checked}><span>{word}</span></label>'
-        for word, checked in [
-            ("whole picture", " checked"),
-            *((escape(word), "") for word in words),
-        ]
-    ]
-    return (
-        "<fieldset>\n<legend>where each word looked</legend>\n"
-        f'<div class="words">{"".join(choices)}</div>\n</fieldset>\n'
-    )
-
-
-def _scores(picture: CaptionedPicture, labels: tuple[str, str]) -> str:
-    if not picture.scores:
-        return ""
-    widest = max(len(values) for values in picture.scores.values())
-    heads = "".join(f'<th scope="col">{escape(label)}</th>' for label in labels[:widest])
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(f"<td>{_number(value)}</td>" for value in values)
-        + "</tr>\n"
-        for name, values in picture.scores.items()
-    )
-    head = f'<thead><tr><th scope="col">score</th>{heads}</tr></thead>\n' if widest > 1 else ""
-    return f"<table>\n{head}<tbody>\n{rows}</tbody>\n</table>\n"
-
-
-def _drift(picture: CaptionedPicture, furthest: float) -> str:
-    if picture.drift is None:
-        return ""
-    share = (1 - picture.drift) / furthest if furthest > 0 else 0.0
-    return (
-        '<div class="drift">\n'
-        f"<p><span>features, cosine before to after</span>{picture.drift:.4f}</p>\n"
-        f'<div class="bar" aria-hidden="true"><div style="width: {100 * share:.1f}%"></div></div>\n'
-        "</div>\n"
-    )
-
-
-def _references(picture: CaptionedPicture) -> str:
-    if not picture.references:
-        return ""
-    items = "".join(f"<li>{escape(text)}</li>" for text in picture.references)
-    return f"<details>\n<summary>what people wrote</summary>\n<ul>{items}</ul>\n</details>\n"
+        if i < i_end:
+            went.append((kind != "equal", " ".join(before[i:i_end])))
+        if j < j_end:
+            came.append((kind != "equal", " ".join(after[j:j_end])))
+    return went, came
 
 
 def _number(value: float) -> str:
@@ -509,20 +331,16 @@ def _number(value: float) -> str:
     return f"{value:#.3g}".rstrip(".") if math.isfinite(value) else "–"
 
 
-def _veil_tags(attention: Tensor, grid: tuple[int, int] | None, size: tuple[int, int]) -> list[str]:
+def _veils(attention: Tensor, grid: tuple[int, int] | None, size: tuple[int, int]) -> list[str]:
     """For each word a small black picture that is opaque where the word did not look."""
     shrink = _VEIL_SIDE / max(size)
     width, height = (max(1, round(side * shrink)) for side in size)
     dark = (1 - _DIM) * (1 - attention_light(attention, (height, width), grid))
-    tags = []
+    veils = []
     for mask in (255 * dark).round().byte().numpy():
         veil = Image.merge("LA", (Image.new("L", (width, height)), Image.fromarray(mask)))
-        tags.append(f'<img class="veil" src="{_data_uri(veil, "PNG", optimize=True)}" alt="">')
-    return tags
-
-
-def _jpeg(image: Image.Image) -> str:
-    return _data_uri(image, "JPEG", quality=_JPEG_QUALITY, optimize=True)
+        veils.append(_data_uri(veil, "PNG", optimize=True))
+    return veils
 
 
 def _data_uri(image: Image.Image, kind: str, **options: int | bool) -> str:

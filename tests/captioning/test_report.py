@@ -8,6 +8,7 @@ import math
 import random
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from benchmarks.captioning import report as pictures
-from benchmarks.captioning import scenes
+from benchmarks.captioning import report, scenes
 from benchmarks.captioning.lstm.training import History
 from benchmarks.captioning.report import (
     CaptionedPicture,
@@ -316,7 +316,8 @@ def contrast(first: str, second: str) -> float:
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_text_can_be_read_in_both_schemes(scheme):
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
-    block = re.findall(r":root \{(.*?)\}", pictures._STYLE, re.DOTALL)[scheme]
+    template = Path(report.__file__).with_name("page.html").read_text()
+    block = re.findall(r":root \{(.*?)\}", template, re.DOTALL)[scheme]
     colour = dict(re.findall(r"--([\w-]+): (#\w{6})", block))
     pairs = [
         ("ink", "ground"), ("quiet", "ground"), ("ink", "card"), ("quiet", "card"),
