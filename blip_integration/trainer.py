@@ -338,10 +338,9 @@ class RBMBlipTrainer(Trainer):
         return (loss, terms) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in ``transformers.Trainer``; training's logs hold the terms and the gate, too.
+        """As in ``transformers.Trainer``; training's logs hold the terms and the strength, too.
 
-        The terms, without their weights, are means over the updates since the last log. The gate is
-        the share tanh(gate) of the reconstruction.
+        The terms, without their weights, are means over the updates since the last log.
         """
         if "loss" in logs:
             zero = torch.zeros((), device=self.args.device)
@@ -351,8 +350,8 @@ class RBMBlipTrainer(Trainer):
                 logs[f"{name}_loss"] = mean
             residual = self.model.residual
             if residual is not None:
-                gates = residual.gate.tanh().flatten().tolist()
-                logs |= dict(zip(("gate", "cls_gate"), reversed(gates), strict=False))
+                strengths = residual.gate.tanh().flatten().tolist()
+                logs |= dict(zip(("strength", "cls_strength"), reversed(strengths), strict=False))
             self._sums, self._updates = {}, 0
         super().log(logs, start_time)
 

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,8 @@ def test_the_terms_go_down_and_every_update_is_logged(tmp_path: Path) -> None:
         assert record["loss"] == pytest.approx(terms)
         assert record["grad_norm"] > 0
     gate = rbm_of(model).gate
-    assert abs(updates[0]["gate"]) < abs(updates[-1]["gate"])
-    assert updates[-1]["gate"] == pytest.approx(gate.tanh().item())
+    assert abs(updates[0]["strength"]) < abs(updates[-1]["strength"])
+    assert updates[-1]["strength"] == pytest.approx(gate.tanh().item())
 
 
 def test_pairs_are_told_apart_in_the_end(tmp_path: Path) -> None:
@@ -138,10 +139,10 @@ def test_logs_between_updates_are_means(tmp_path: Path) -> None:
         assert mean[name] == pytest.approx(expected), name
 
 
-def test_both_gates_are_logged(tmp_path: Path) -> None:
+def test_both_strengths_are_logged(tmp_path: Path) -> None:
     model, _ = captioner(cls_token="apart")
     record = updates_of(run(model, tmp_path, num_train_epochs=1))[-1]
-    assert [record["cls_gate"], record["gate"]] == rbm_of(model).gate.tanh().tolist()
+    assert (record["cls_strength"], record["strength"]) == rbm_of(model).strength
 
 
 def test_the_rbm_becomes_a_better_model_of_the_features(tmp_path: Path) -> None:
@@ -271,7 +272,7 @@ SAME_UPDATES: dict[str, Any] = {
 def assert_alike(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
     assert len(one) == len(other) == 3
     for record, expected in zip(one, other, strict=True):
-        for name in ("lm_loss", "cd_loss", "loss", "grad_norm", "gate"):
+        for name in ("lm_loss", "cd_loss", "loss", "grad_norm", "strength"):
             assert record[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
@@ -289,6 +290,29 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(models[1], models[0], rtol=1e-4, atol=1e-5)
     # 24 pairs in updates of 9: the last one is short, and still an update.
     assert len(logs[2]) == 3 and logs[2][-1]["lm_loss"] > 0
+
+
+def test_batches_know_their_place(tmp_path: Path) -> None:
+    """The update decides CD's draws, and the pairs before a batch which chains are its."""
+    trainer = trainer_of(
+        captioner()[0], tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        num_train_epochs=1,
+    )  # fmt: skip
+    seen = []
+
+    def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if trainer.model.training:
+            seen.append((kwargs["update"], kwargs["first_pair"]))
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    assert seen == [(0, 0), (0, 4), (1, 0), (1, 4), (2, 0), (2, 4)]
+
+
+def test_a_process_drives_one_gpu(tmp_path: Path) -> None:
+    args = RBMBlipTrainingArguments(str(tmp_path), use_cpu=True)
+    args._n_gpu = 4
+    assert args.n_gpu == 1 and args.train_batch_size == args.per_device_train_batch_size
 
 
 def test_bf16_stays_close_and_leaves_weights_in_float32(tmp_path: Path) -> None:
@@ -319,7 +343,7 @@ def test_a_captioner_without_rbm_is_trained_by_the_same_steps(tmp_path: Path) ->
     )  # fmt: skip
     first, *_, last = evaluations_of(trainer)
     assert last["eval_lm_loss"] < first["eval_lm_loss"]
-    assert "gate" not in updates_of(trainer)[0]
+    assert "strength" not in updates_of(trainer)[0]
 
 
 def test_data_may_be_loaded_by_workers(tmp_path: Path) -> None:
@@ -381,8 +405,16 @@ def test_the_whole_validation_loss_can_decide(tmp_path: Path) -> None:
     assert whole.state.best_global_step == 2 * 3
 
 
+def special_tokens(model: BlipForConditionalGeneration) -> list[int]:
+    config = model.config.text_config
+    return [getattr(config, f"{name}_token_id") for name in ("bos", "eos", "sep", "pad")]
+
+
 def test_a_checkpoint_is_a_captioner(tmp_path: Path) -> None:
-    model, _ = captioner()
+    model, tokenizer = captioner()
+    # As with Salesforce's BLIP, whose BOS is not its tokenizer's.
+    model.config.text_config.bos_token_id = tokenizer.convert_tokens_to_ids("red")
+    before = special_tokens(model)
     run(model, tmp_path, freeze="none", **rising())
     loaded, info = RBMBlipForConditionalGeneration.from_pretrained(
         get_last_checkpoint(tmp_path), output_loading_info=True
@@ -390,7 +422,7 @@ def test_a_checkpoint_is_a_captioner(tmp_path: Path) -> None:
     assert not info["missing_keys"]
     assert all(name.startswith("heads.") for name in info["unexpected_keys"])
     assert moved(state(model), state(loaded)) == set()
-    assert model.config.text_config.bos_token_id == loaded.config.text_config.bos_token_id
+    assert special_tokens(model) == special_tokens(loaded) == before
 
 
 def test_evaluations_average_over_all_tokens_and_pairs(tmp_path: Path) -> None:
@@ -453,6 +485,24 @@ WITHIN_EPOCHS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def noisy_captioner(mode: str) -> BlipForConditionalGeneration:
+    """One that draws random numbers in training."""
+    return captioner(dropout=0.2, mode=mode)[0]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that returns the trainer and the folder of a run that was not interrupted."""
+
+    @cache
+    def whole(mode: str, strategy: str | None) -> tuple[RBMBlipTrainer, Path]:
+        folder = tmp_path_factory.mktemp("whole")
+        changes = {**RESUMABLE, **(WITHIN_EPOCHS if strategy else {})}
+        return run(noisy_captioner(mode), folder, **changes), folder
+
+    return lambda mode, strategy: whole(mode, strategy.get("eval_strategy"))
+
+
 @pytest.mark.parametrize(
     ("mode", "updates", "strategy"),
     [
@@ -465,34 +515,26 @@ WITHIN_EPOCHS: dict[str, Any] = {
     ],
 )
 def test_a_resumed_run_is_the_same_to_the_last_bit(
-    mode: str, updates: int, strategy: dict[str, Any], tmp_path: Path
+    mode: str, updates: int, strategy: dict[str, Any], uninterrupted: Any, tmp_path: Path
 ) -> None:
+    expected, whole = uninterrupted(mode, strategy)
     changes = {**RESUMABLE, **strategy}
-
-    def fresh() -> BlipForConditionalGeneration:
-        return captioner(dropout=0.2, mode=mode)[0]
-
-    whole = fresh()
-    expected = run(whole, tmp_path / "whole", **changes)
-    folder = tmp_path / "parts"
     with pytest.raises(Interrupted):
-        run(fresh(), folder, callbacks=[Interruption(updates)], **changes)
-    resumed = fresh()
-    trainer = trainer_of(resumed, folder, **changes)
-    checkpoint = get_last_checkpoint(folder)
+        run(noisy_captioner(mode), tmp_path, callbacks=[Interruption(updates)], **changes)
+    trainer = trainer_of(noisy_captioner(mode), tmp_path, **changes)
+    checkpoint = get_last_checkpoint(tmp_path)
     assert (checkpoint is None) == (updates == 0)
     if checkpoint is not None:
         stir_random_numbers()
     trainer.train(resume_from_checkpoint=checkpoint)
 
-    assert moved(state(whole), state(resumed)) == set()
-    assert moved(state(expected.heads), state(trainer.heads)) == set()
+    assert moved(state(expected.model), state(trainer.model)) == set()
     assert history_of(trainer) == history_of(expected)
     assert trainer.state.best_global_step == expected.state.best_global_step
     for name, part in (("optimizer.pt", "state"), ("rng_state.pth", "cpu")):
         one, other = (
             torch.load(Path(get_last_checkpoint(each)) / name, weights_only=False)[part]
-            for each in (folder, tmp_path / "whole")
+            for each in (tmp_path, whole)
         )
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
