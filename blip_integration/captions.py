@@ -40,8 +40,8 @@ class Candidates:
     """The n best captions of N images.
 
     Attributes:
-        ids: What names each image.
-        texts: N lists of n captions, the captioner's favourite first.
+        ids: The name of each image.
+        texts: N lists of n captions, the captioner's favorite first.
         scores: [N, n] float32, log-probabilities divided by the length to the length penalty.
     """
 
@@ -63,7 +63,7 @@ class Candidates:
 
     @property
     def best(self) -> list[str]:
-        """The captioner's favourite for each image."""
+        """The captioner's favorite for each image."""
         return [each[0] for each in self.texts]
 
     def chosen(self, indices: Tensor) -> list[str]:
@@ -110,21 +110,21 @@ def beam_candidates(
     """The n best captions by beam search, with BLIP's own settings by default.
 
     Args:
-        model: A captioner.
-        tokenizer: Its tokenizer.
+        model: The captioner.
+        tokenizer: The captioner's tokenizer.
         pixel_values: What its vision model takes of N images: a tensor, or whatever has a length
             and gives tensors for slices of rows.
         ids: Names of the images; by default the ``ids`` of ``pixel_values``, or numbers.
-        beams: Width of the search.
-        n: Captions to keep, 1 to ``beams``.
-        min_length: Tokens of a caption at least, the start, the prompt and the end counted.
-        max_length: Tokens at most, counted likewise.
+        beams: The width of the search.
+        n: The number of captions to keep, 1 to ``beams``.
+        min_length: The fewest tokens of a caption, its start, prompt and end included.
+        max_length: The most tokens of a caption, its start, prompt and end included.
         length_penalty: Scores are divided by the length to this power; without effect on one beam.
         prompt: Words that the captioner goes on from, such as BLIP's "a picture of"; they are not
             part of the captions.
-        batch_size: Images at a time.
-        progress: Show a progress bar, where there is a terminal.
-        **generate: Other keywords of ``generate``.
+        batch_size: The number of images at a time.
+        progress: Whether to show a progress bar, where there is a terminal.
+        **generate: Further keywords of ``generate``.
 
     Returns:
         The candidates.
@@ -206,8 +206,8 @@ def generated_candidates(
         output: With ``sequences`` [N n, L] and, from a beam search, ``sequences_scores`` [N n].
             Without these (sampling) the mean log-probability of the drawn tokens is taken from
             ``scores``, the processed logits of each step.
-        tokenizer: Decodes the sequences.
-        n_images: N.
+        tokenizer: The captioner's tokenizer, which decodes the sequences.
+        n_images: The number N of images.
 
     Returns:
         The candidates, with the images' numbers as their names.

@@ -34,6 +34,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows the defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``rbm-caption``.
 
@@ -124,7 +131,7 @@ def add_command(
         name,
         help=summary,
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         fromfile_prefix_chars="@",
     )
     parser.set_defaults(run=run)
@@ -159,10 +166,13 @@ def add_decoding(parser: Any) -> None:
     """How captions are searched for."""
     add = parser.add_argument
     add("--beams", type=positive, default=3, help="width of the beam search; 1 is greedy")
-    add("--min-length", type=positive, default=5, help="tokens at least")
-    add("--max-length", type=positive, default=20, help="tokens at most")
+    add("--min-length", type=positive, default=5, help="fewest tokens of a caption")
+    add("--max-length", type=positive, default=20, help="most tokens of a caption")
     add(
-        "--length-penalty", type=float, default=1.0, help="of beams; below 1 prefers short captions"
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        help="power of the length that scores are divided by; below 1 prefers short captions",
     )
     add("--prompt", default="", help='words to go on from; real BLIP likes "a picture of"')
     add("--batch-size", type=positive, default=32, help="images at a time")
@@ -196,7 +206,7 @@ def add_fit(commands: Any) -> None:
     )
     add_model(parser)
     add("--out", type=Path, required=True, help="file to write, such as rbm.safetensors")
-    add("--hidden", type=positive, default=1000, help="hidden units")
+    add("--hidden", type=positive, default=1000, help="number of hidden units")
     add(
         "--cls-token",
         choices=("shared", "skip", "apart"),
@@ -204,13 +214,13 @@ def add_fit(commands: Any) -> None:
         help="what happens to token CLS: as the others, left alone, or with an RBM of its own",
     )
     add("--k", type=positive, default=1, help="Gibbs sweeps per update")
-    add("--sigma", type=float, default=0.5, help="of the visible units; the features' is 1")
-    add("--learn-sigma", action="store_true", help="learn one for each feature")
+    add("--sigma", type=float, default=0.5, help="deviation of the visible units, in the features'")
+    add("--learn-sigma", action="store_true", help="learn the deviation of each feature")
     add("--epochs", type=positive, default=10, help="passes over the images")
     add("--tokens", type=positive, default=8, help="positions drawn from each image in an epoch")
     add("--batch-size", type=positive, default=256, help="positions per update")
-    add("--learning-rate", type=float, default=1e-3, help="after its rise, before its fall")
-    add("--seed", type=int, default=0, help="of weights, order and chains")
+    add("--learning-rate", type=float, default=1e-3, help="highest step of Adam")
+    add("--seed", type=int, default=0, help="seed of weights, order and chains")
 
 
 def add_caption(commands: Any) -> None:
@@ -233,9 +243,9 @@ def add_caption(commands: Any) -> None:
 
 def fit(arguments: argparse.Namespace) -> int:
     """Run ``rbm-caption fit``."""
-    from .captioner import image_states, load_captioner
     from .fitting import Schedule, fit_rbm
-    from .modeling import rbm_of
+    from .images import image_states
+    from .modeling import load_captioner, rbm_of
 
     require_file_to_write("--out", arguments.out)
     schedule = Schedule(
@@ -306,9 +316,8 @@ def open_captioner(
     arguments: argparse.Namespace,
 ) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
     """The model that ``--model``, ``--rbm`` and ``--strength`` speak of."""
-    from .captioner import load_captioner
     from .gated_residual import GatedResidual
-    from .modeling import apply_rbm_to_blip, rbm_of
+    from .modeling import apply_rbm_to_blip, load_captioner, rbm_of
 
     fitted = None if arguments.rbm is None else GatedResidual.load(arguments.rbm)
     model, processor = load_captioner(arguments.model, device_of(arguments.device))
@@ -374,7 +383,7 @@ def image_batches(
     """Image files with their ``pixel_values`` [B, 3, S, S]."""
     import torch
 
-    from .captioner import image_loader
+    from .images import image_loader
 
     load = image_loader(processor)
     for first in range(0, len(images), size):

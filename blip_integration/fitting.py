@@ -23,11 +23,11 @@ from transformers import BlipForConditionalGeneration
 from rbm_kernels import RBM
 from rbm_kernels.training import ContrastiveDivergence, DrawOptions, optimize
 
-from .captioner import encode
 from .gated_residual import CLS_TOKENS, ClsToken, GatedResidual, RBMReconstructor
+from .images import encode
 
 MONITORED_ROWS = 2048
-"""Rows of held-out and of training images that are looked at after every epoch."""
+"""The number of rows of held-out and of training images that are evaluated after each epoch."""
 
 Tokens: TypeAlias = Literal["all", "cls", "patches"]
 _TOKENS: dict[str, slice] = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}
@@ -45,10 +45,10 @@ class TokenStream:
         features: [N, L, D] or, with one token an image, [N, D]: a tensor, or whatever has
             ``shape`` and slices of rows, such as a numpy memmap or a ``FeatureCache``.
         tokens: ``"all"``, ``"cls"`` (token 0) or ``"patches"`` (the others).
-        held_out: Share of the images that no epoch visits, in [0, 1); at least one image of two or
-            more unless 0.
-        block: Images read at a time.
-        seed: Of the choice of held-out images.
+        held_out: The share of the images that no epoch visits, in [0, 1). Unless it is 0, one image
+            or more is held out where there are two or more.
+        block: The number of images that are read at a time.
+        seed: The seed that chooses the held-out images.
 
     Attributes:
         mean: Mean [D] of all tokens, float32.
@@ -108,7 +108,7 @@ class TokenStream:
             batch_size: Rows at a time; the last batch of a block goes on in the next, and only the
                 last of an epoch may be short.
             tokens_per_image: Tokens drawn from every image, without replacement; at most all.
-            seed: Of the order and of the choice of tokens.
+            seed: The seed of the order and of the choice of tokens.
 
         Yields:
             Standardized rows [batch_size, D], float32.
@@ -208,15 +208,15 @@ def _float32(values: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: the same for an RBM and for the controls it is compared with.
+    """How long and how fast to train: the same for an RBM and for what it is compared with.
 
     Attributes:
-        epochs: Passes over the images.
-        tokens_per_image: Tokens that an epoch draws from each of them.
-        batch_size: Rows per update.
-        learning_rate: Of Adam, after a linear warm-up and before a cosine to zero.
-        warmup: Share of the updates in which it rises, 0 to 1.
-        seed: Of initial weights, order, choice of tokens, chains and noise.
+        epochs: The passes over the images.
+        tokens_per_image: The tokens that an epoch draws from each image.
+        batch_size: The rows of an update.
+        learning_rate: The highest rate of Adam, between a linear warm-up and a cosine to zero.
+        warmup: The share of the updates in which the learning rate rises, 0 to 1.
+        seed: The seed of initial weights, order, choice of tokens, chains and noise.
     """
 
     epochs: int = 10
@@ -266,8 +266,8 @@ def fit_rbm(
         images_or_states: Images as its processor makes ``pixel_values`` of them, [N, 3, S, S], or
             the ``last_hidden_state`` of its vision model, [N, L, D]: a tensor, or whatever has
             ``shape`` and gives slices of rows (see ``image_states`` for many image files).
-        n_hidden: Hidden units H.
-        schedule: How long and how fast.
+        n_hidden: The number H of hidden units.
+        schedule: How long and how fast to train.
         cls_token: ``"shared"``: one RBM for all tokens. ``"skip"``: the CLS token is left alone.
             ``"apart"``: it has an RBM, statistics and a gate of its own.
         batch_size: Images that the vision model encodes at a time.
@@ -345,16 +345,16 @@ def fit_rbm_to_tokens(
 
     Args:
         stream: The tokens.
-        n_hidden: Hidden units H.
-        schedule: How long and how fast.
+        n_hidden: The number H of hidden units.
+        schedule: How long and how fast to train.
         sigma: Standard deviation of the visible units, in standard deviations of the features. One
             that is well below 1 leaves the hidden units something to explain.
         learn_sigma: Learn one for each feature, from ``sigma`` on, not below a tenth of it.
-        k: Gibbs sweeps per update.
-        weight_decay: On W, per unit of learning rate.
+        k: The Gibbs sweeps of an update.
+        weight_decay: The decay of W, per unit of learning rate.
         device: Where to compute.
-        backend: As in ``rbm_kernels.cd_step``.
-        precision: Likewise.
+        backend: The backend of ``rbm_kernels.cd_step``.
+        precision: The precision of ``rbm_kernels.cd_step``.
         on_epoch: Called with the figures of ``train``, before the first epoch and after each, and
             with "free_energy_gap": the mean free energy of held-out rows less that of rows of the
             training images, in nats, which grows when the RBM overfits (Hinton 2010, section 6).
@@ -442,7 +442,7 @@ def train(
         optimizer: Its learning rates follow the schedule, times a group's "lr_scale" where it has
             one.
         gradients: Writes the gradients of rows [B, D] into the parameters' ``grad``.
-        schedule: How long and how fast.
+        schedule: How long and how fast to train.
         after_update: Called after every step of the optimizer.
         report: More figures for ``on_epoch``.
         on_epoch: Called before the first epoch, as epoch 0, and after each with a dictionary:

@@ -46,8 +46,8 @@ class RBMReconstructor(nn.Module):
     Args:
         rbm: With Gaussian visible units; used as it is, not copied.
         mode: ``"mean_field"`` or ``"gibbs"``.
-        k: Steps or sweeps, 1 or more.
-        seed: Of the draws.
+        k: The number of steps or sweeps, 1 or more.
+        seed: The seed of the draws.
         fused: Compute mean fields with ``rbm_kernels.sample_hidden`` and
             ``rbm_kernels.sample_visible``, whose sums are the same bits on every device.
 
@@ -158,7 +158,7 @@ class GatedResidual(nn.Module):
         strength: The reconstruction's share to start from, from -1 to 1.
         cls_token: What happens to token 0: ``"shared"`` treats it like the others, ``"skip"``
             leaves it alone, ``"apart"`` gives it a reconstructor, statistics and a gate of its own.
-        cls_reconstructor: That one; given exactly with ``cls_token="apart"``.
+        cls_reconstructor: The reconstructor of CLS; given exactly with ``cls_token="apart"``.
 
     Attributes:
         gate: 0-dim parameter; with ``cls_token="apart"`` [2], that of CLS first.
@@ -382,7 +382,7 @@ class RBMSettings:
         mode: ``"mean_field"`` or ``"gibbs"``.
         k: Mean-field steps or Gibbs sweeps.
         seed: The seed of Gibbs sampling.
-        fused: See ``RBMReconstructor``.
+        fused: Whether ``RBMReconstructor`` uses the package's fused operations.
         cls_token: What happens to the CLS token: ``"shared"``, ``"apart"`` or ``"skip"``.
         cls_n_hidden: Hidden units of the RBM of CLS with ``cls_token="apart"``; None stands for H.
         strength: What a model starts with if its checkpoint has no gate.

@@ -116,15 +116,15 @@ class PairModel(nn.Module, ABC):
     """What models of images with captions share: sizes, standardization, and how pairs are formed.
 
     Args:
-        n_features: D, the length of an image's feature vector.
-        n_words: T, the size of the vocabulary.
-        n_hidden: H, the number of hidden units.
-        init_std: Standard deviation of the initial weights.
+        n_features: The length D of an image's feature vector.
+        n_words: The size T of the vocabulary.
+        n_hidden: The number H of hidden units.
+        init_std: The standard deviation of the initial weights.
         generator: Draws the initial weights; None takes torch's default generator.
 
     Attributes:
-        mean: [D] of the image features, subtracted first.
-        scale: [D], divided by next.
+        mean: The mean [D] of the image features, which is subtracted first.
+        scale: The scale [D] by which they are divided next.
 
     Raises:
         ValueError: A size below 1.
@@ -190,11 +190,11 @@ class PairModel(nn.Module, ABC):
 
     @abstractmethod
     def image_part(self, features: Tensor) -> Tensor:
-        """What an image adds to the hidden units: features [N, D] to [N, H]."""
+        """What an image adds to the hidden units' input: features [N, D] to [N, H]."""
 
     @abstractmethod
     def word_part(self, words: Tensor) -> Tensor:
-        """What a caption adds to the hidden units: words [..., T] to [..., H]."""
+        """What a caption adds to the hidden units' input: words [..., T] to [..., H]."""
 
     @abstractmethod
     def combine(self, image: Tensor, words: Tensor) -> Tensor:
@@ -288,11 +288,11 @@ class JointRBM(PairModel):
     an estimate of it.
 
     Args:
-        n_features: D.
-        n_words: T.
-        n_hidden: H.
-        init_std: Standard deviation of the initial weights.
-        generator: Draws them.
+        n_features: The number D of image features.
+        n_words: The number T of words.
+        n_hidden: The number H of hidden units.
+        init_std: The standard deviation of the initial weights.
+        generator: The generator that draws them.
 
     Attributes:
         W_image: W_v [D, H].
@@ -445,7 +445,7 @@ class JointRBM(PairModel):
             k: Sweeps, 1 or more.
             chains: Persistent (features [C, D], words bool [C, T]), advanced in place; None starts
                 from the data.
-            seed: As in ``gibbs``.
+            seed: The seed of the draws, as for ``gibbs``.
 
         Returns:
             0-dim tensor. It is no measure of learning.
@@ -519,7 +519,7 @@ def infer_words(
             samples, and averages p(t | h) over the sweeps, which is slower and exact in the limit.
         sweeps: Iterations, or Gibbs sweeps averaged over.
         burn_in: Gibbs sweeps before those.
-        seed: Of the Gibbs sampling.
+        seed: The seed of the Gibbs sampling.
 
     Returns:
         [N, T] in [0, 1].

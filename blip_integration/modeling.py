@@ -11,8 +11,10 @@ class.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +22,10 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    AutoProcessor,
     BlipConfig,
     BlipForConditionalGeneration,
+    BlipProcessor,
     BlipVisionModel,
     PreTrainedModel,
 )
@@ -295,3 +299,45 @@ def remove_rbm_from_blip(model: BlipForConditionalGeneration) -> GatedResidual:
     del model.config.rbm
     model.config.__class__ = _stock(type(model.config))
     return residual
+
+
+def load_captioner(
+    name: str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
+    """A captioner and its processor: stock BLIP, or one with an RBM.
+
+    Args:
+        name: A folder, or a name on a model hub ("Salesforce/blip-image-captioning-base").
+        device: Where the model goes.
+
+    Raises:
+        FileNotFoundError: A folder without a model.
+        ValueError: It holds no BLIP captioner, or one of a class that was not imported.
+        OSError: Neither a folder nor a name that the hub answers to.
+    """
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"load_captioner: name must be a folder with config.json or a hub's name, got {name}"
+        )
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise OSError(
+            f"load_captioner: name must be a folder or a hub's name, got {name}: {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"load_captioner: the class of {name} must have been imported (that of the study's "
+            f"models is, by `python -m benchmarks.captioning caption`), got {error}"
+        ) from error
+    if not isinstance(config, BlipConfig):
+        raise ValueError(
+            f"load_captioner: {name} must hold a BLIP model, got one of type {config.model_type!r}"
+        )
+    model, loading = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True)
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"load_captioner: {name} must hold all weights of a BLIP captioner, got none for "
+            f"{sorted(loading['missing_keys'])[0]} and {len(loading['missing_keys']) - 1} more"
+        )
+    return model.to(device).eval(), AutoProcessor.from_pretrained(name)

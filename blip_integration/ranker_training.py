@@ -22,18 +22,18 @@ from .losses import contrastive_loss
 
 @dataclass(frozen=True)
 class PairTraining:
-    """What decides the course of a training.
+    """How to train a model of images with captions.
 
     Attributes:
-        epochs: At most; every caption is seen once in each.
-        batch_size: Pairs per update.
-        learning_rate: Of Adam (Loshchilov and Hutter 2019).
-        weight_decay: On weight matrices alone, never on biases; decoupled from the gradient.
-        word_dropout: Share of a caption's words left out at random.
-        feature_dropout: Share of an image's features set to their mean at random.
-        patience: Stop after so many epochs without a better one.
-        seed: Governs order, dropout, negatives and chains.
-        progress: Show a progress bar.
+        epochs: The most epochs; every caption is seen once in each.
+        batch_size: The pairs of an update.
+        learning_rate: The learning rate of AdamW (Loshchilov and Hutter 2019).
+        weight_decay: The decay of weight matrices, never of biases; decoupled from the gradient.
+        word_dropout: The share of a caption's words that is left out at random.
+        feature_dropout: The share of an image's features that is set to their mean at random.
+        patience: The number of epochs without a better one after which to stop.
+        seed: The seed of order, dropout, negatives and chains.
+        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: A value out of range.
@@ -177,10 +177,10 @@ def fit_contrastive(
     temperature within.
 
     Args:
-        model: Changed in place; start with ``model.initialize_from_data``.
-        train: Images with captions.
+        model: The model, changed in place; start with ``model.initialize_from_data``.
+        train: The images with captions to train on.
         held_out: Other images; their mean recall decides which epoch is kept.
-        training: See ``PairTraining``.
+        training: How to train; None takes the defaults.
 
     Returns:
         The mean recall on ``held_out`` before training and after each epoch.
@@ -211,9 +211,9 @@ def fit_cd(
     change the distribution that the RBM learns.
 
     Args:
-        k: Gibbs sweeps per update.
-        persistent: Keep ``training.batch_size`` chains over the whole training.
-        learn_variance: Also learn the variances of the image features.
+        k: The Gibbs sweeps of an update.
+        persistent: Whether ``training.batch_size`` chains go on over the whole training.
+        learn_variance: Whether the variances of the image features are learned, too.
     """
     training = training or PairTraining()
     generator = torch.Generator().manual_seed(training.seed)
@@ -331,8 +331,8 @@ class RetrievalRecall:
     """How often the right partner is among the first k, for each k.
 
     Attributes:
-        image_to_text: k to the share of images with one of their captions among the first k.
-        text_to_image: k to the share of captions with their image among the first k.
+        image_to_text: For each k, the share of images with one of their captions among the first k.
+        text_to_image: For each k, the share of captions with their image among the first k.
     """
 
     image_to_text: dict[int, float]

@@ -45,7 +45,7 @@ class Reranker(ABC):
         """How well captions fit their images.
 
         Args:
-            image_features: Of N images, [N, D] (or what the subclass says).
+            image_features: The features [N, D] of N images, or what the subclass says.
             texts: N lists of n captions.
 
         Returns:
@@ -67,9 +67,9 @@ class Reranker(ABC):
 
         Args:
             candidates: N lists of n captions with the captioner's scores.
-            image_features: As for ``score``.
-            weight: Of this reranker's score beside the captioner's; 0 keeps the captioner's choice.
-            standardize: See ``combined_scores``.
+            image_features: The images' features, as for ``score``.
+            weight: The weight of this reranker's score; 0 keeps the captioner's choice.
+            standardize: Whether each list's scores are standardized first; see ``combined_scores``.
         """
         extra = self.score(image_features, candidates.texts)
         return combined_scores(candidates.scores, extra, weight, standardize=standardize).argmax(1)
@@ -86,18 +86,19 @@ class Reranker(ABC):
         """The best caption of each image from what ``generate`` returned.
 
         Args:
-            output: Of ``generate(..., return_dict_in_generate=True, output_scores=True)`` with
-                ``num_return_sequences`` above 1, by beam search or sampling.
-            tokenizer: Decodes it.
-            image_features: Of the N images, as for ``score``.
-            weight: As for ``rerank``.
-            standardize: As for ``rerank``.
+            output: The result of ``generate`` by beam search or sampling, with
+                ``return_dict_in_generate=True``, ``output_scores=True`` and
+                ``num_return_sequences`` above 1.
+            tokenizer: The captioner's tokenizer, which decodes the output.
+            image_features: The N images' features, as for ``score``.
+            weight: The weight of this reranker's score.
+            standardize: Whether each list's scores are standardized first.
 
         Returns:
-            N captions.
+            The N captions.
 
         Raises:
-            ValueError: See ``generated_candidates``.
+            ValueError: The output has no scores, or not as many sequences for each image.
         """
         candidates = generated_candidates(output, tokenizer, len(image_features))
         return candidates.chosen(
@@ -112,7 +113,7 @@ class PairReranker(Reranker, ModelHubMixin, library_name="rbm-kernels"):
     mixin: a folder or a repository with config.json and model.safetensors.
 
     Args:
-        model: A trained model.
+        model: The trained model.
         vocabulary: The words that it knows, in its order.
 
     Raises:
@@ -170,15 +171,15 @@ class PairReranker(Reranker, ModelHubMixin, library_name="rbm-kernels"):
         """Train a new model on images with captions, and make a reranker of it.
 
         Args:
-            features: [N, D], pooled, of the training images.
-            captions: Of each of them, one or more.
-            n_words: Size of the vocabulary at most.
-            n_hidden: Hidden units.
-            held_out: Share of the images that decide when to stop.
+            features: The pooled features [N, D] of the training images.
+            captions: One or more captions of each of them.
+            n_words: The largest size of the vocabulary.
+            n_hidden: The number of hidden units.
+            held_out: The share of the images that decide when to stop.
             objective: A key of the class's ``objectives``; the first one by default.
             training: See ``PairTraining``; its seed also draws the initial
                 weights and the held-out images.
-            **options: Further keywords of the class.
+            **options: Further keywords of the class, such as ``energy``.
 
         Raises:
             ValueError: An unknown objective, or bad arguments.
@@ -289,9 +290,9 @@ class BlipReranker(Reranker):
 
     Args:
         model: A ``transformers.BlipForImageTextRetrieval``; it is put into evaluation mode.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         head: "itm": the log-odds of a match by cross-attention. "itc": the cosine.
-        batch_size: Captions at a time.
+        batch_size: The number of captions that are scored at a time.
 
     Raises:
         ValueError: An unknown head, or a batch size below 1.

@@ -381,7 +381,7 @@ def _pictures(
 ) -> list[CaptionedPicture]:
     import torch
 
-    from blip_integration.captioner import open_image
+    from blip_integration.images import open_image
 
     from .attention_maps import word_attention
     from .report import CaptionedPicture
@@ -456,7 +456,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from blip_integration.captioner import load_captioner
+    from blip_integration.modeling import load_captioner
     from rbm_kernels import plots
 
     from .compare import changes_page, compare, markdown

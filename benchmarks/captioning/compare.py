@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip_integration.captioner import open_image
+from blip_integration.images import open_image
 
 from .attention_maps import word_attention
 from .metrics import cider_scores, evaluate, paired_bootstrap

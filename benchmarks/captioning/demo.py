@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from blip_integration.captioner import open_image
 from blip_integration.captions import Candidates, beam_candidates, normalize_caption
 from blip_integration.fitting import Schedule, TokenStream, fit_rbm_to_tokens
 from blip_integration.gated_residual import GatedResidual
+from blip_integration.images import open_image
 from blip_integration.joint_rbm import JointRBM, Vocabulary
 from blip_integration.modeling import apply_rbm_to_blip
 from blip_integration.ranker_training import CaptionBags, PairTraining, fit_contrastive

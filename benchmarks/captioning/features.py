@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import BlipProcessor, BlipVisionModel
 
-from blip_integration.captioner import open_image, pixels_of
+from blip_integration.images import open_image, pixels_of
 
 from .files import whole_folder
 from .lite_blip import LiteVisionModel, lite_vision_model

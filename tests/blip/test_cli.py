@@ -20,10 +20,10 @@ from transformers.utils import logging
 
 import blip_integration
 from blip_integration import cli
-from blip_integration.captioner import image_states, load_captioner, open_image
 from blip_integration.captions import beam_candidates
 from blip_integration.gated_residual import GatedResidual
-from blip_integration.modeling import apply_rbm_to_blip
+from blip_integration.images import image_states, open_image
+from blip_integration.modeling import apply_rbm_to_blip, load_captioner
 from rbm_kernels import RBM
 
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("transformers")
 from PIL import Image
 
-from blip_integration.captioner import open_image
+from blip_integration.images import open_image
 
 
 def picture(path: Path, mode: str = "RGB", colour: object = "red", **options: object) -> Path:

@@ -18,10 +18,15 @@ from support import blip
 from transformers import AutoModelForImageTextToText, BlipForConditionalGeneration
 
 from blip_integration import cli
-from blip_integration.captioner import image_loader, load_captioner
 from blip_integration.captions import beam_candidates
 from blip_integration.fitting import Schedule, fit_rbm
-from blip_integration.modeling import apply_rbm_to_blip, rbm_of, remove_rbm_from_blip
+from blip_integration.images import image_loader
+from blip_integration.modeling import (
+    apply_rbm_to_blip,
+    load_captioner,
+    rbm_of,
+    remove_rbm_from_blip,
+)
 
 PROMPT = "a picture of"
 

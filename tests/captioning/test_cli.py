@@ -24,9 +24,9 @@ from benchmarks.captioning import cli, features, metrics, train_lite
 from benchmarks.captioning import lite_blip as captioner
 from benchmarks.captioning.files import save_captioner
 from benchmarks.captioning.settings import StudySettings
-from blip_integration.captioner import load_captioner, open_image
 from blip_integration.captions import beam_candidates
-from blip_integration.modeling import apply_rbm_to_blip
+from blip_integration.images import open_image
+from blip_integration.modeling import apply_rbm_to_blip, load_captioner
 from rbm_kernels import RBM
 
 SHORT = ["--variant", "0", "--width", "16", "--layers", "1", "--heads", "2", "--min-count", "1"]

@@ -16,9 +16,9 @@ from benchmarks.captioning import lite_blip as captioner
 from benchmarks.captioning.data import load_captions
 from benchmarks.captioning.demo import DemoRow, DemoSettings, run_demo, table
 from benchmarks.captioning.scenes import check_caption, load_scenes
-from blip_integration.captioner import load_captioner
 from blip_integration.captions import Candidates
 from blip_integration.gated_residual import GatedResidual
+from blip_integration.modeling import load_captioner
 
 TINY = DemoSettings(
     scenes=20, pixels=64, width=16, epochs=1, hidden=8, beams=2, shown=2, held_out=0.4

@@ -14,8 +14,8 @@ pytest.importorskip("PIL")
 
 from benchmarks.captioning import data, scenes
 from benchmarks.captioning.scenes import Scene, Shape, check_caption
-from blip_integration.captioner import open_image
 from blip_integration.captions import normalize_caption
+from blip_integration.images import open_image
 
 RED_CIRCLE = Shape("circle", "red", "small", 0.2, 0.5)
 BLUE_SQUARE = Shape("square", "blue", "large", 0.8, 0.5)

@@ -15,8 +15,7 @@ from support import blip
 from benchmarks.captioning import features, lite_blip
 from benchmarks.captioning.features import cached_features, cached_vision_model, view_loader
 from benchmarks.captioning.files import save_captioner, whole_folder
-from blip_integration.captioner import load_captioner
-from blip_integration.modeling import apply_rbm_to_blip
+from blip_integration.modeling import apply_rbm_to_blip, load_captioner
 from rbm_kernels import RBM
 
 

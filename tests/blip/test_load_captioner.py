@@ -13,8 +13,8 @@ from transformers import (
     BlipTextConfig,
 )
 
-from blip_integration.captioner import image_loader, load_captioner, open_image
-from blip_integration.modeling import apply_rbm_to_blip
+from blip_integration.images import image_loader, open_image
+from blip_integration.modeling import apply_rbm_to_blip, load_captioner
 from rbm_kernels import RBM
 
 

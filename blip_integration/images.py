@@ -1,4 +1,4 @@
-"""Captioners from folders and hubs, and images from files as their vision models take them."""
+"""Images from files, as a captioner's vision model takes them, and what it says of them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BlipConfig,
     BlipForConditionalGeneration,
     BlipProcessor,
 )
-
-from . import modeling as _modeling  # noqa: F401  Makes captioners with an RBM known to Auto classes.
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -30,9 +24,9 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     Transparent parts become white; of an animation the first frame is taken.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, no image, damaged, of 32 bits a channel, or has more pixels
-            than `PIL.Image.MAX_IMAGE_PIXELS` (raise that limit for files that you trust).
+        FileNotFoundError: There is no such file.
+        ValueError: The file is empty, no image, damaged, of 32 bits a channel, or has more pixels
+            than ``PIL.Image.MAX_IMAGE_PIXELS`` (raise that limit for files that you trust).
     """
     file = Path(path)
     if not file.is_file():
@@ -75,7 +69,7 @@ def image_loader(processor: BlipProcessor) -> Callable[[str | os.PathLike[str]],
     """A function from an image file to a captioner's ``pixel_values`` [3, S, S] of it.
 
     Args:
-        processor: The captioner's.
+        processor: The captioner's processor.
     """
 
     def load(path: str | os.PathLike[str]) -> Tensor:
@@ -102,18 +96,18 @@ def image_states(
     """The last states of a captioner's vision model, which is what an RBM is fitted to.
 
     Args:
-        model: The captioner; its vision model computes where it is.
-        processor: The captioner's.
-        images: N image files.
+        model: The captioner, on whatever device.
+        processor: The captioner's processor.
+        images: The N image files.
         file: Where to keep the states, which then take no memory; None keeps them in memory.
-        batch_size: Images at a time.
-        progress: Show a progress bar.
+        batch_size: The number of images at a time.
+        progress: Whether to show a progress bar.
 
     Returns:
         [N, L, D], float16.
 
     Raises:
-        ValueError: No images; or one that cannot be read, see ``open_image``.
+        ValueError: There are no images, or one cannot be read (see ``open_image``).
     """
     load = image_loader(processor)
 
@@ -153,40 +147,3 @@ def encode(
                 states = torch.from_file(name, True, size, dtype=torch.float16).view(shape)
         states[first : first + len(batch)] = batch.to("cpu", torch.float16)
     return states
-
-
-def load_captioner(
-    name: str | os.PathLike[str], device: torch.device | str = "cpu"
-) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
-    """A captioner and its processor: one of this package or any BLIP captioner.
-
-    Args:
-        name: A folder, or a name on a model hub ("Salesforce/blip-image-captioning-base").
-        device: Where the model goes.
-
-    Raises:
-        FileNotFoundError: A folder without a model.
-        ValueError: A model that is no BLIP captioner.
-        OSError: Neither a folder nor a name that the hub answers to.
-    """
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"load_captioner: name must be a folder with config.json or a hub's name, got {name}"
-        )
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except OSError as error:
-        raise OSError(
-            f"load_captioner: name must be a folder or a hub's name, got {name}: {error}"
-        ) from error
-    if not isinstance(config, BlipConfig):
-        raise ValueError(
-            f"load_captioner: {name} must hold a BLIP model, got one of type {config.model_type!r}"
-        )
-    model, loading = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True)
-    if loading["missing_keys"]:
-        raise ValueError(
-            f"load_captioner: {name} must hold all weights of a BLIP captioner, got none for "
-            f"{sorted(loading['missing_keys'])[0]} and {len(loading['missing_keys']) - 1} more"
-        )
-    return model.to(device).eval(), AutoProcessor.from_pretrained(name)
