@@ -177,7 +177,7 @@ def report() -> str:
     variables = [
         name
         for name in sorted(os.environ)
-        if name.startswith("RBM_KERNELS_") or name == "TRITON_INTERPRET"
+        if name.startswith(("RBM_KERNELS_", "OMP_", "GOMP_")) or name == "TRITON_INTERPRET"
     ]
     if variables:
         lines += ["", "Environment", *(f"  {name}={os.environ[name]}" for name in variables)]
