@@ -112,8 +112,7 @@ def _start(
         if arguments.clamp:
             raise ValueError("sample: clamp needs data whose half is held: give --data")
         off = model.W.detach().new_zeros(arguments.n, model.n_hidden)
-        drawn = model.sample_visible(off, **options)
-        return drawn, None
+        return model.sample_visible(off, **options), None
     values = data.load(arguments.data).values
     if values.shape[1] != model.n_visible:
         raise ValueError(
