@@ -334,11 +334,12 @@ def test_compiles_without_a_graph_break(visible):
     torch.testing.assert_close(forward(v), model(v))
 
 
-def test_training_learns_two_patterns():
+@pytest.mark.parametrize("visible", ["bernoulli", "spin"])
+def test_training_learns_two_patterns(visible):
     torch.manual_seed(0)
-    pattern = make_data(n=2, n_visible=12)
+    pattern = make_data(visible, n=2, n_visible=12)
     v = pattern[torch.randint(0, 2, (32,))]
-    model = RBM.from_data(v, 6)
+    model = RBM.from_data(v, 6, visible)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     for step in range(60):
         optimizer.zero_grad()
