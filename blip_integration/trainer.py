@@ -206,6 +206,7 @@ class RBMBlipTrainer(Trainer):
         self.measure = metrics
         self._sums: dict[str, Tensor] = {}
         self._updates = 0
+        self._rates: dict[str, float] = {}
         super().__init__(
             JointObjective(model, self.heads, args.term_weights, k=args.k, seed=args.seed),
             args,
@@ -222,12 +223,12 @@ class RBMBlipTrainer(Trainer):
     ) -> TrainOutput:
         """As in ``transformers.Trainer``; the best weights may be those before training."""
         self._sums, self._updates = {}, 0
-        before = {name: value.cpu().clone() for name, value in self.model.learned().items()}
         eval_on_start = self.args.eval_on_start
         # A checkpoint holds the evaluation before training already.
         self.args.eval_on_start = eval_on_start and not resume_from_checkpoint
         try:
             with self.model.learning(self.args.freeze):
+                before = {name: value.cpu().clone() for name, value in self.model.learned().items()}
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.eval_on_start = eval_on_start
@@ -240,7 +241,7 @@ class RBMBlipTrainer(Trainer):
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(self._parameter_groups(), **options)
-            self.optimizer.register_step_pre_hook(self._check_gradients)
+            self.optimizer.register_step_pre_hook(self._before_step)
         return self.optimizer
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
@@ -249,7 +250,7 @@ class RBMBlipTrainer(Trainer):
             "blip": self.args.learning_rate,
             "gate": self.args.gate_learning_rate,
             "rbm": self.args.rbm_learning_rate,
-            "heads": self.args.head_learning_rate,
+            "head": self.args.head_learning_rate,
         }
         residual = self.model.residual
         within = set() if residual is None else set(residual.parameters())
@@ -262,7 +263,7 @@ class RBMBlipTrainer(Trainer):
                     f"RBMBlipTrainer: {name} must be float32 to be trained, got "
                     f"{parameter.dtype}; load the model in float32 and set bf16 or fp16"
                 )
-            part = "heads" if name.startswith("heads.") else "blip"
+            part = "head" if name.startswith("heads.") else "blip"
             if parameter in within:
                 part = "gate" if parameter is residual.gate else "rbm"
             groups.setdefault((part, part != "gate" and parameter.dim() > 1), []).append(parameter)
@@ -281,11 +282,16 @@ class RBMBlipTrainer(Trainer):
             for (part, decayed), parameters in groups.items()
         ]
 
-    def _check_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # Not called where the scaler of fp16 drops an update whose gradient overflowed.
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Note the learning rates, and stop before a gradient that is not finite is learned.
+
+        The optimizer calls it, except where the scaler of fp16 drops an update that overflowed.
+        """
+        groups = optimizer.param_groups
+        self._rates = {f"{group['name']}_learning_rate": group["lr"] for group in groups}
         gradients = [
             parameter.grad
-            for group in optimizer.param_groups
+            for group in groups
             for parameter in group["params"]
             if parameter.grad is not None
         ]
@@ -338,9 +344,10 @@ class RBMBlipTrainer(Trainer):
         return (loss, terms) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in ``transformers.Trainer``; training's logs hold the terms and the strength, too.
+        """As in ``transformers.Trainer``; training's logs hold terms, rates and strength, too.
 
-        The terms, without their weights, are means over the updates since the last log.
+        The terms, without their weights, are means over the updates since the last log. The
+        learning rates of the parts are those of the last update; "learning_rate" is the first's.
         """
         if "loss" in logs:
             zero = torch.zeros((), device=self.args.device)
@@ -348,6 +355,7 @@ class RBMBlipTrainer(Trainer):
             means = self.accelerator.reduce(sums, "sum") / self._updates
             for name, mean in zip(self.args.term_weights, means.tolist(), strict=True):
                 logs[f"{name}_loss"] = mean
+            logs |= self._rates
             residual = self.model.residual
             if residual is not None:
                 strengths = residual.gate.tanh().flatten().tolist()
@@ -356,7 +364,11 @@ class RBMBlipTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in ``transformers.Trainer``."""
+        """As in ``transformers.Trainer``.
+
+        Raises:
+            FloatingPointError: In training, the ``metric_for_best_model`` is not finite.
+        """
         found: dict[str, float] = super().evaluate(*args, **kwargs)
         if self.is_in_train and self.args.metric_for_best_model is not None:
             name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
@@ -381,13 +393,14 @@ class RBMBlipTrainer(Trainer):
     ) -> EvalLoopOutput:
         """The mean of each term without CD, LM over all tokens, and what ``metrics`` measures.
 
-        Negatives are drawn alike at every evaluation, so that evaluations can be compared.
+        Negatives are drawn alike at every evaluation, so that evaluations can be compared. Where
+        several processes share the batches, the last ones are filled up with pairs from the start.
         """
         self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
         generator = torch.Generator().manual_seed(self.args.seed)
         names = [name for name in self.args.term_weights if name != "cd"]
-        sums = torch.zeros(len(names), 2, device=self.args.device, dtype=torch.float64)
+        sums = torch.zeros(len(names), 2, device=self.args.device)
         samples = 0
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
@@ -401,12 +414,10 @@ class RBMBlipTrainer(Trainer):
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
-        sums = self.accelerator.reduce(sums, "sum")
-        means = dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
-        found = {f"{name}_loss": mean for name, mean in means.items() if not math.isnan(mean)}
-        found["loss"] = sum(
-            self.args.term_weights[name] * found.get(f"{name}_loss", 0.0) for name in names
-        )
+        totals = dict(zip(names, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
+        means = {name: total / count for name, (total, count) in totals.items() if count}
+        found = {f"{name}_loss": mean for name, mean in means.items()}
+        found["loss"] = sum(self.args.term_weights[name] * mean for name, mean in means.items())
         if self.measure is not None:
             own = dict(self.measure(self.captioner)) if self.is_world_process_zero() else {}
             found |= broadcast_object_list([own])[0]

@@ -211,35 +211,26 @@ def test_each_term_trains_its_heads(term: str, heads: set[str], tmp_path: Path) 
     assert ("log_temperature" in changed) == (term == "itc")
 
 
-class Rates(TrainerCallback):
-    """Notes the learning rate of each part in every update."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, float]] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seen.append({group["name"]: group["lr"] for group in kwargs["optimizer"].param_groups})
-
-
 def test_learning_rates_rise_and_fall_and_each_part_has_its_own(tmp_path: Path) -> None:
-    rates = Rates()
-    run(
+    trainer = run(
         captioner()[0], tmp_path, freeze="vision", num_train_epochs=3, warmup_steps=2,
         rbm_learning_rate=1e-3, gate_learning_rate=2e-3, learning_rate=3e-3,
-        head_learning_rate=4e-3, callbacks=[rates],
+        head_learning_rate=4e-3,
     )  # fmt: skip
-    assert len(rates.seen) == 9  # 24 captions in batches of 8
-    for i, found in enumerate(rates.seen):
+    updates = updates_of(trainer)
+    assert len(updates) == 9  # 24 captions in batches of 8
+    for i, record in enumerate(updates):
         share = i / 2 if i < 2 else (1 + math.cos(math.pi * (i - 2) / 7)) / 2
-        highest = {"rbm": 1e-3, "gate": 2e-3, "blip": 3e-3, "heads": 4e-3}
-        assert found == pytest.approx({part: rate * share for part, rate in highest.items()})
+        highest = {"rbm": 1e-3, "gate": 2e-3, "blip": 3e-3, "head": 4e-3}
+        for part, rate in highest.items():
+            assert record[f"{part}_learning_rate"] == pytest.approx(rate * share), part
 
 
 def test_weight_decay_is_for_matrices_and_not_for_gates(tmp_path: Path) -> None:
     trainer = trainer_of(captioner(cls_token="apart")[0], tmp_path, freeze="none", weight_decay=0.3)
     with trainer.model.learning("none"):
         groups = trainer.create_optimizer().param_groups
-    assert {group["name"] for group in groups} == {"rbm", "gate", "blip", "heads"}
+    assert {group["name"] for group in groups} == {"rbm", "gate", "blip", "head"}
     for group in groups:
         assert group["weight_decay"] == (0.3 if group["params"][0].dim() > 1 else 0.0)
         assert len({parameter.dim() > 1 for parameter in group["params"]}) == 1
@@ -437,6 +428,9 @@ def test_evaluations_average_over_all_tokens_and_pairs(tmp_path: Path) -> None:
     contrasted = trainer_of(model, tmp_path, per_device_eval_batch_size=5)
     first, again = contrasted.evaluate(), contrasted.evaluate()
     terms = ("eval_lm_loss", "eval_itc_loss", "eval_itm_loss", "eval_loss")
+    one_image = CaptionPairs(drawn(1)[0], drawn(1)[1])
+    alone = contrasted.evaluate(one_image)
+    assert alone["eval_loss"] == alone["eval_lm_loss"] and "eval_itc_loss" not in alone
     assert [first[name] for name in terms] == [again[name] for name in terms]
 
 
@@ -663,6 +657,11 @@ def test_what_is_not_finite_stops_before_it_is_learned(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="eval_score must be finite, got nan"):
         run(model, tmp_path, metrics=lambda _: {"score": math.nan}, metric_for_best_model="score")
     assert moved(before, state(model)) == set()
+    undefined, _ = captioner()
+    with torch.no_grad():
+        undefined.text_decoder.cls.predictions.bias.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="eval_lm_loss must be finite, got nan at"):
+        run(undefined, tmp_path)
     with pytest.raises(FloatingPointError, match="gradients must be finite.*update 2"):
         run(
             model, tmp_path, cd_weight=0, freeze="vision", learning_rate=1e30, max_grad_norm=0,
