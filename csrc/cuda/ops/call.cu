@@ -51,32 +51,32 @@ void tiled_chain(CallContext& context, const Sweeps& a, const Chain& results, co
   }
 }
 
-// All sweeps from `first` on in one launch. chain_: where they start and what is wanted of them.
-void resident_chain(CallContext& context, const Sweeps& a, Chain chain_, int64_t first, Guard guard,
-                    const Choice& choice) {
-  chain_.half_sweep = static_cast<uint64_t>(2 * first);
-  chain_.rows = a.rows;
-  chain_.n_visible = a.weights.n_visible;
-  chain_.n_hidden = a.weights.n_hidden;
-  chain_.sweeps = a.sweeps - first;
-  chain_.guard = guard;
-  chain_.to_hidden = a.weights.planes.to_hidden;
-  chain_.to_visible = a.weights.planes.to_visible;
-  chain_.weight_scale = a.weights.planes.scale;
-  chain_.visible_bias = a.visible_bias;
-  chain_.hidden_bias = a.hidden_bias;
-  chain_.beta = a.temperature.beta;
-  chain_.betas = a.temperature.betas;
-  chain_.seed = context.call.seed;
-  chain_.chain_offset = context.call.chain_offset;
-  chain_.mask = a.mask;
-  chain_.mask_stride = a.mask_stride;
-  chain_.held = a.held.data;
-  chain_.held_element = a.held.element;
-  chain_.held_stride = a.held.row_stride;
+// All sweeps from `first` on in one launch. results: where the chains start and what is wanted.
+void resident_chain(CallContext& context, const Sweeps& a, Chain results, int64_t first,
+                    Guard guard, const Choice& choice) {
+  results.half_sweep = static_cast<uint64_t>(2 * first);
+  results.rows = a.rows;
+  results.n_visible = a.weights.n_visible;
+  results.n_hidden = a.weights.n_hidden;
+  results.sweeps = a.sweeps - first;
+  results.guard = guard;
+  results.to_hidden = a.weights.planes.to_hidden;
+  results.to_visible = a.weights.planes.to_visible;
+  results.weight_scale = a.weights.planes.scale;
+  results.visible_bias = a.visible_bias;
+  results.hidden_bias = a.hidden_bias;
+  results.beta = a.temperature.beta;
+  results.betas = a.temperature.betas;
+  results.seed = context.call.seed;
+  results.chain_offset = context.call.chain_offset;
+  results.mask = a.mask;
+  results.mask_stride = a.mask_stride;
+  results.held = a.held.data;
+  results.held_element = a.held.element;
+  results.held_stride = a.held.row_stride;
   context.status += choice.chain == Regime::resident
-                        ? chain(chain_, context.call.digits, context.stream)
-                        : chain_sm90a(chain_, context.call.digits, choice.cluster, context.stream);
+                        ? chain(results, context.call.digits, context.stream)
+                        : chain_sm90a(results, context.call.digits, choice.cluster, context.stream);
 }
 
 }  // namespace

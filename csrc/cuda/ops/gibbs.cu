@@ -7,10 +7,10 @@ int gibbs_sample(const Gibbs& a, Call& call) {
   CallContext context(call);
   const int64_t rows = a.v.rows, V = a.W.rows, H = a.W.cols;
   const bool gaussian = a.log_var != nullptr;
-  // Where values are set before the first sweep, the chain starts from a copy that has them.
+  // Where clamped units have values of their own, the chain starts from a copy that has them.
   Matrix start = a.v;
-  const bool placed = a.mask != nullptr && a.values.data != nullptr;
-  if (placed) {
+  const bool overwrites = a.mask != nullptr && a.values.data != nullptr;
+  if (overwrites) {
     start = {nullptr, Element::float32, rows, V, V, 1, a.v.binary && a.values.binary};
   }
   Weights weights;
@@ -24,7 +24,7 @@ int gibbs_sample(const Gibbs& a, Call& call) {
   // Gaussian chains on the chip start from the real states themselves.
   const bool from_start = gaussian && on_chip(choice);
   if (!from_start) given.lay_out(context);
-  float* copy = placed ? context.arena.take<float>(rows * V) : nullptr;
+  float* copy = overwrites ? context.arena.take<float>(rows * V) : nullptr;
   float* precision = gaussian ? context.arena.take<float>(V) : nullptr;
   auto* hidden = context.arena.take<uint32_t>(rows * words_of(H));
   auto* visible = context.arena.take<uint32_t>(rows * words_of(V));
@@ -36,7 +36,7 @@ int gibbs_sample(const Gibbs& a, Call& call) {
       call.digits, context.stream);
   if (gaussian)
     context.status += precisions(a.log_var, weights.n_visible, precision, context.stream);
-  if (placed) {
+  if (overwrites) {
     context.status +=
         overwrite_clamped({a.v, a.values, a.mask, a.mask_stride, copy}, context.stream);
     start.data = given.packed.states.data = given.values.states.data = copy;
@@ -52,7 +52,7 @@ int gibbs_sample(const Gibbs& a, Call& call) {
   if (gaussian) {
     gaussian_chain(context, sweeps, static_cast<float*>(a.states), given, false, precision, choice);
   } else if (a.mask != nullptr && given.kind == LayerInput::Kind::either) {
-    // Units that keep a real value keep it through all sweeps.
+    // A real value of a clamped unit stays real through all sweeps.
     bit_chain_if_bits(context, sweeps, results, given, choice);
     real_chain(context, sweeps, static_cast<float*>(a.states), given.values, false,
                given.if_real());
