@@ -16,6 +16,7 @@ from .units import KINDS
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"  # the name that the hub's own tools look for
+_DOWNLOAD_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 _HEADER_KEYS = ("rbm_kernels_format", "visible", "hidden", "n_visible", "n_hidden")
 
 
@@ -177,16 +178,17 @@ else:
         HubMixin = _WithoutHub
 
 
-def pretrained_file(model_id: str, **download: Any) -> str:
+def pretrained_file(model_id: str, options: Mapping[str, Any]) -> str:
     """The model file in a local folder, or downloaded from the hub.
 
     Args:
         model_id: A folder, or the name of a repository on the hub.
-        **download: Options of ``huggingface_hub.hf_hub_download``.
+        options: What the hub's mixin hands on; the options of a download are taken from it.
     """
     if os.path.isdir(model_id):
         return os.path.join(model_id, WEIGHTS_FILE)
     from huggingface_hub import hf_hub_download
 
+    download = {name: options[name] for name in _DOWNLOAD_OPTIONS if name in options}
     file: str = hf_hub_download(repo_id=model_id, filename=WEIGHTS_FILE, **download)
     return file

@@ -363,27 +363,9 @@ class RBM(
         self.save(Path(save_directory) / WEIGHTS_FILE)
 
     @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        map_location: torch.device | str = "cpu",
-        **model_kwargs: Any,
-    ) -> Self:
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
         """The hub's hook: reads a folder or downloads the file, whose header decides."""
-        file = pretrained_file(
-            model_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            token=token,
-            local_files_only=local_files_only,
-        )
-        model = cls.load(file, device=model_kwargs.get("device") or map_location)
-        dtype = model_kwargs.get("dtype")
+        device = options.get("device") or options.get("map_location", "cpu")
+        model = cls.load(pretrained_file(model_id, options), device=device)
+        dtype = options.get("dtype")
         return model if dtype is None else model.to(dtype)

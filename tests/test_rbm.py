@@ -467,6 +467,23 @@ def test_hub_folder_offline(tmp_path, visible, monkeypatch):
     assert torch.equal(RBM.load(tmp_path / "model.safetensors").W, model.W)
 
 
+def test_a_download_is_asked_for_as_the_user_asks(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    model = make_model("spin")
+    model.save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo_id, filename, **options):
+        asked.append((repo_id, filename, options.get("revision"), options.get("token")))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
+    loaded = RBM.from_pretrained("some/model", revision="v2", token="secret", dtype=torch.float64)
+    assert ("some/model", "model.safetensors", "v2", "secret") in asked
+    assert loaded.visible == "spin" and torch.equal(loaded.W, model.W.double())
+
+
 def test_without_the_hub_package(tmp_path):
     script = """
         import sys
