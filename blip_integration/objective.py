@@ -257,6 +257,7 @@ class JointObjective(BlipPreTrainedModel):
         self.weights = dict(weights)
         self.k = k
         self.seed = seed
+        self._still: list[nn.Module] = []
         # In a tuple, because its parts are submodules already.
         self._captioner = (captioner,)
         if "cd" in weights and not self._reconstructors():
@@ -396,12 +397,10 @@ class JointObjective(BlipPreTrainedModel):
         return [part for part in parts if isinstance(part, RBMReconstructor)]
 
     def train(self, mode: bool = True) -> JointObjective:
-        """Set the mode, except that what is frozen as a whole stays without dropout."""
+        """Set the mode, except that what ``learning`` freezes as a whole stays without dropout."""
         super().train(mode)
-        for module in self.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                module.eval()
+        for module in self._still:
+            module.eval()
         return self
 
     @contextmanager
@@ -430,8 +429,11 @@ class JointObjective(BlipPreTrainedModel):
             for module in frozen:
                 for parameter in set(module.parameters()) - spared:
                     parameter.requires_grad_(False)
+            # Looked for once, because the trainer sets the mode before every batch.
+            self._still = list(_frozen_parts(self))
             yield
         finally:
+            self._still = []
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
             for module, mode in modes.items():
@@ -452,3 +454,13 @@ class JointObjective(BlipPreTrainedModel):
         """Save the captioner, with the heads' tensors beside its own."""
         tensors = self.state_dict() if state_dict is None else state_dict
         self.captioner.save_pretrained(save_directory, state_dict=tensors, **options)
+
+
+def _frozen_parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts of a module of which no parameter learns."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        yield module
+    else:
+        for part in module.children():
+            yield from _frozen_parts(part)
