@@ -1,86 +1,135 @@
 // Python's view of the cpu backend: addresses, sizes and strides in, a status out. No torch here.
-#include <pybind11/pybind11.h>
-
+#include "binding.h"
 #include "cpu/operations.h"
 
 namespace py = pybind11;
 using namespace rbm::cpu;
+using rbm::Address;
+using rbm::at;
+using rbm::Fields;
 
 namespace {
 
-using Address = uintptr_t;
-template <class T> T* at(Address address) { return reinterpret_cast<T*>(address); }
-
 const Kernels* g_kernels = widest_kernels();
 
-Call call(Address seed, int64_t chain_offset, int digits, int threads) {
-  return {g_kernels, at<const int64_t>(seed), static_cast<uint32_t>(chain_offset), digits, threads};
+// The elements of an array, by number; rbm_kernels/backends/cpu.py has the same.
+constexpr int64_t kFloat32 = 0, kByte = 3;
+
+// An array as rbm_kernels/backends/_native.py describes it.
+struct Array {
+  Address data;
+  int64_t element, rows, cols, row_stride, col_stride, binary;
+
+  explicit Array(const py::tuple& tuple) {
+    Fields fields(tuple, 7);
+    data = reinterpret_cast<Address>(fields.pointer<void>());
+    for (int64_t* member : {&element, &rows, &cols, &row_stride, &col_stride, &binary})
+      *member = fields.integer();
+  }
+
+  Input states() const {
+    return {element == kFloat32 ? at<const float>(data) : nullptr,
+            element == kByte ? at<const uint8_t>(data) : nullptr, rows, cols, row_stride};
+  }
+  Matrix matrix() const { return {at<const float>(data), rows, cols, row_stride, col_stride}; }
+};
+
+Output output(Address data, int64_t element) {
+  return {element == kFloat32 ? at<float>(data) : nullptr,
+          element == kByte ? at<uint8_t>(data) : nullptr};
 }
 
-// `width` is 4 for float32, 1 for bytes.
-Input input(Address data, int width, int64_t rows, int64_t units, int64_t stride) {
-  return {width == 4 ? at<const float>(data) : nullptr,
-          width == 4 ? nullptr : at<const uint8_t>(data), rows, units, stride};
-}
-Output output(Address data, int width) {
-  return {width == 4 ? at<float>(data) : nullptr, width == 4 ? nullptr : at<uint8_t>(data)};
+struct Model {
+  Matrix W;
+  const float *b, *c, *log_var;
+
+  explicit Model(const py::tuple& tuple) {
+    Fields fields(tuple, 4);
+    W = Array(fields.tuple()).matrix();
+    b = fields.pointer<const float>();
+    c = fields.pointer<const float>();
+    log_var = fields.pointer<const float>();
+  }
+};
+
+struct Layer {
+  Matrix weight;
+  const float *bias, *given_log_var, *drawn_log_var;
+
+  explicit Layer(const py::tuple& tuple) {
+    Fields fields(tuple, 4);
+    weight = Array(fields.tuple()).matrix();
+    bias = fields.pointer<const float>();
+    given_log_var = fields.pointer<const float>();
+    drawn_log_var = fields.pointer<const float>();
+  }
+};
+
+struct Draw {
+  Call call;
+  float beta;
+  const float* betas;
+
+  Draw(const py::tuple& tuple, int threads) {
+    Fields fields(tuple, 5);
+    call.kernels = g_kernels;
+    call.seed = fields.pointer<const int64_t>();
+    call.chain_offset = static_cast<uint32_t>(fields.integer());
+    beta = fields.number();
+    betas = fields.pointer<const float>();
+    call.digits = static_cast<int>(fields.integer());
+    call.threads = threads;
+  }
+
+  Temperature temperature() const { return betas ? Temperature{betas, 1} : Temperature{&beta, 0}; }
+};
+
+int py_sample(const py::tuple& given, const py::tuple& layer, const py::tuple& draw, Address states,
+              int64_t states_element, Address means, Address sums, int threads) {
+  const Array g(given);
+  const Layer l(layer);
+  const Draw d(draw, threads);
+  const py::gil_scoped_release release;
+  return sample(g.states(), l.weight, l.bias, l.given_log_var, l.drawn_log_var, d.temperature(),
+                output(states, states_element), at<float>(means), at<double>(sums), d.call);
 }
 
-int py_sample(Address given, int given_width, int64_t rows, int64_t K, int64_t given_stride,
-              Address weight, int64_t N, int64_t row_stride, int64_t col_stride, Address bias,
-              Address given_log_var, Address drawn_log_var, Address beta, int64_t beta_stride,
-              Address states, int states_width, Address means, Address sums, Address seed,
-              int64_t chain_offset, int digits, int threads) {
-  py::gil_scoped_release release;
-  return sample(input(given, given_width, rows, K, given_stride),
-                {at<const float>(weight), K, N, row_stride, col_stride}, at<const float>(bias),
-                at<const float>(given_log_var), at<const float>(drawn_log_var),
-                {at<const float>(beta), beta_stride}, output(states, states_width),
-                at<float>(means), at<double>(sums), call(seed, chain_offset, digits, threads));
+int py_gibbs_sample(const py::tuple& v, const py::tuple& model, int64_t k, const py::tuple& draw,
+                    Address mask, int64_t mask_stride, const py::tuple& values, Address states,
+                    int64_t states_element, int threads) {
+  const Array start(v), held(values);
+  const Model m(model);
+  const Draw d(draw, threads);
+  const Clamp clamp{at<const uint8_t>(mask), mask_stride, held.states()};
+  const py::gil_scoped_release release;
+  return gibbs_sample(start.states(), m.W, m.b, m.c, k, m.log_var, d.temperature(), clamp,
+                      output(states, states_element), d.call);
 }
 
-int py_gibbs_sample(Address v, int v_width, int64_t rows, int64_t v_stride, Address W, int64_t V,
-                    int64_t H, int64_t row_stride, int64_t col_stride, Address b, Address c,
-                    int64_t k, Address log_var, Address beta, int64_t beta_stride, Address mask,
-                    int64_t mask_stride, Address values, int values_width, int64_t values_stride,
-                    Address states, int states_width, Address seed, int64_t chain_offset,
-                    int digits, int threads) {
-  py::gil_scoped_release release;
-  const Clamp clamp{at<const uint8_t>(mask), mask_stride,
-                    input(values, values_width, rows, V, values_stride)};
-  return gibbs_sample(input(v, v_width, rows, V, v_stride),
-                      {at<const float>(W), V, H, row_stride, col_stride}, at<const float>(b),
-                      at<const float>(c), k, at<const float>(log_var),
-                      {at<const float>(beta), beta_stride}, clamp, output(states, states_width),
-                      call(seed, chain_offset, digits, threads));
+int py_free_energy(const py::tuple& v, const py::tuple& model, const py::tuple& draw,
+                   Address energies, int threads) {
+  const Array states(v);
+  const Model m(model);
+  const Draw d(draw, threads);
+  const py::gil_scoped_release release;
+  return free_energy(states.states(), m.W, m.b, m.c, m.log_var, d.temperature(),
+                     at<float>(energies), d.call);
 }
 
-int py_free_energy(Address v, int v_width, int64_t rows, int64_t v_stride, Address W, int64_t V,
-                   int64_t H, int64_t row_stride, int64_t col_stride, Address b, Address c,
-                   Address log_var, Address beta, int64_t beta_stride, Address out, int digits,
-                   int threads) {
-  py::gil_scoped_release release;
-  return free_energy(
-      input(v, v_width, rows, V, v_stride), {at<const float>(W), V, H, row_stride, col_stride},
-      at<const float>(b), at<const float>(c), at<const float>(log_var),
-      {at<const float>(beta), beta_stride}, at<float>(out), call(0, 0, digits, threads));
-}
-
-int py_cd_step(Address v, int v_width, int64_t rows, int64_t v_stride, Address W, int64_t V,
-               int64_t H, int64_t row_stride, int64_t col_stride, Address b, Address c, int64_t k,
-               Address chains, int chains_width, int64_t n_chains, int64_t chains_stride,
-               Address log_var, Address grad_W, int64_t grad_W_stride, Address grad_b,
-               Address grad_c, bool accumulate, Address advanced, int advanced_width,
-               Address energies, Address seed, int64_t chain_offset, int digits, int threads) {
-  py::gil_scoped_release release;
-  const Input persistent = input(chains, chains_width, n_chains, V, chains_stride);
+int py_cd_step(const py::tuple& v, const py::tuple& model, int64_t k, const py::tuple& chains,
+               const py::tuple& draw, Address grad_W, int64_t grad_W_stride, Address grad_b,
+               Address grad_c, bool accumulate, Address advanced, int64_t advanced_element,
+               Address energies, int threads) {
+  const Array data(v), start(chains);
+  const Model m(model);
+  const Draw d(draw, threads);
+  const Input persistent = start.states();
   const CdOutput out{at<float>(grad_W),  grad_W_stride, at<float>(grad_b),
-                     at<float>(grad_c),  accumulate,    output(advanced, advanced_width),
+                     at<float>(grad_c),  accumulate,    output(advanced, advanced_element),
                      at<float>(energies)};
-  return cd_step(input(v, v_width, rows, V, v_stride),
-                 {at<const float>(W), V, H, row_stride, col_stride}, at<const float>(b),
-                 at<const float>(c), k, chains ? &persistent : nullptr, at<const float>(log_var),
-                 out, call(seed, chain_offset, digits, threads));
+  const py::gil_scoped_release release;
+  return cd_step(data.states(), m.W, m.b, m.c, k, start.data ? &persistent : nullptr, m.log_var,
+                 out, d.call);
 }
 
 void use(const std::string& name) {

@@ -1,126 +1,141 @@
 // Python's view of the cuda backend: addresses, sizes and strides in, a status out. Tensors cross
 // as addresses and the stream as an integer, so that one build serves every version of torch. The
 // emulated build (RBM_EMULATED) is the same module for a CPU.
-#include <pybind11/pybind11.h>
-
+#include "binding.h"
 #include "cuda/ops/operations.h"
 
 namespace py = pybind11;
 using namespace rbm::cuda;
+using rbm::Address;
+using rbm::at;
+using rbm::Fields;
 
 namespace {
 
-using Address = uintptr_t;
-template <class T> T* at(Address address) { return reinterpret_cast<T*>(address); }
-
-Matrix matrix(Address data, int element, int64_t rows, int64_t cols, int64_t row_stride,
-              int64_t col_stride, bool binary) {
-  return {at<const void>(data),
-          static_cast<Element>(element),
-          rows,
-          cols,
-          row_stride,
-          col_stride,
-          binary};
+// An array as rbm_kernels/backends/_native.py describes it.
+Matrix matrix(const py::tuple& tuple) {
+  Fields fields(tuple, 7);
+  Matrix m;
+  m.data = fields.pointer<const void>();
+  m.element = static_cast<Element>(fields.integer());
+  for (int64_t* member : {&m.rows, &m.cols, &m.row_stride, &m.col_stride})
+    *member = fields.integer();
+  m.binary = fields.integer() != 0;
+  return m;
 }
 
-// Runs an operation twice: to learn how much memory it needs, and, with what `allocate` gave (a
-// tensor of that many bytes), to launch it.
+struct Model {
+  Matrix W;
+  const float *b, *c, *log_var;
+
+  explicit Model(const py::tuple& tuple) {
+    Fields fields(tuple, 4);
+    W = matrix(fields.tuple());
+    b = fields.pointer<const float>();
+    c = fields.pointer<const float>();
+    log_var = fields.pointer<const float>();
+  }
+};
+
+// How states are drawn, and where: what `place` tells of the device, its stream and its memory.
+struct Circumstances {
+  Call call{};
+  Temperature temperature;
+  PyObject* allocate;  // gives a tensor of that many bytes
+
+  Circumstances(const py::tuple& draw, const py::tuple& place) {
+    Fields drawn(draw, 5), where(place, 3);
+    call.seed = drawn.pointer<const int64_t>();
+    call.chain_offset = static_cast<uint32_t>(drawn.integer());
+    temperature.beta = drawn.number();
+    temperature.betas = drawn.pointer<const float>();
+    call.digits = static_cast<int>(drawn.integer());
+    allocate = where.object();
+    call.device = static_cast<int>(where.integer());
+    call.stream = where.pointer<void>();
+  }
+};
+
+// Runs an operation twice: to learn how much memory it needs, and, with that memory, to launch it.
 template <class Operation> int launch(int (*operation)(const Operation&, Call&), const Operation& a,
-                                      Call call, const py::object& allocate) {
+                                      const Circumstances& circumstances) {
+  Call call = circumstances.call;
   const int status = operation(a, call);
   if (status) return status;
-  const py::object workspace = allocate(call.workspace_bytes);
+  const py::object workspace = py::handle(circumstances.allocate)(call.workspace_bytes);
   call.workspace = at<void>(workspace.attr("data_ptr")().cast<Address>());
   const py::gil_scoped_release release;
   return operation(a, call);
 }
 
-int py_sample(Address given, int given_element, int64_t rows, int64_t K, int64_t given_stride,
-              bool given_binary, Address weight, int weight_element, int64_t N, int64_t row_stride,
-              int64_t col_stride, Address bias, Address given_log_var, Address drawn_log_var,
-              float beta, Address betas, Address states, int states_element, Address means,
-              Address seed, uint32_t chain_offset, int digits, const py::object& allocate,
-              int device, Address stream) {
-  const Sample a{matrix(given, given_element, rows, K, given_stride, 1, given_binary),
-                 matrix(weight, weight_element, K, N, row_stride, col_stride, false),
-                 at<const float>(bias),
-                 at<const float>(given_log_var),
-                 at<const float>(drawn_log_var),
-                 {beta, at<const float>(betas)},
-                 at<void>(states),
-                 static_cast<Element>(states_element),
-                 at<float>(means)};
-  return launch(sample, a,
-                {at<const int64_t>(seed), chain_offset, digits, device, at<void>(stream)},
-                allocate);
+int py_sample(const py::tuple& given, const py::tuple& layer, const py::tuple& draw, Address states,
+              int states_element, Address means, const py::tuple& place) {
+  const Circumstances circumstances(draw, place);
+  Fields fields(layer, 4);
+  Sample a;
+  a.given = matrix(given);
+  a.weight = matrix(fields.tuple());
+  a.bias = fields.pointer<const float>();
+  a.given_log_var = fields.pointer<const float>();
+  a.drawn_log_var = fields.pointer<const float>();
+  a.temperature = circumstances.temperature;
+  a.states = at<void>(states);
+  a.states_element = static_cast<Element>(states_element);
+  a.means = at<float>(means);
+  return launch(sample, a, circumstances);
 }
 
-int py_gibbs_sample(Address v, int v_element, int64_t rows, int64_t v_stride, bool v_binary,
-                    Address W, int W_element, int64_t V, int64_t H, int64_t row_stride,
-                    int64_t col_stride, Address b, Address c, int64_t k, Address log_var,
-                    float beta, Address betas, Address mask, int64_t mask_stride, Address values,
-                    int values_element, int64_t values_stride, bool values_binary, Address states,
-                    int states_element, Address seed, uint32_t chain_offset, int digits,
-                    const py::object& allocate, int device, Address stream) {
-  const Gibbs a{matrix(v, v_element, rows, V, v_stride, 1, v_binary),
-                matrix(W, W_element, V, H, row_stride, col_stride, false),
-                at<const float>(b),
-                at<const float>(c),
+int py_gibbs_sample(const py::tuple& v, const py::tuple& model, int64_t k, const py::tuple& draw,
+                    Address mask, int64_t mask_stride, const py::tuple& values, Address states,
+                    int states_element, const py::tuple& place) {
+  const Circumstances circumstances(draw, place);
+  const Model m(model);
+  const Gibbs a{matrix(v),
+                m.W,
+                m.b,
+                m.c,
                 k,
-                at<const float>(log_var),
-                {beta, at<const float>(betas)},
+                m.log_var,
+                circumstances.temperature,
                 at<const uint8_t>(mask),
                 mask_stride,
-                matrix(values, values_element, rows, V, values_stride, 1, values_binary),
+                matrix(values),
                 at<void>(states),
                 static_cast<Element>(states_element)};
-  return launch(gibbs_sample, a,
-                {at<const int64_t>(seed), chain_offset, digits, device, at<void>(stream)},
-                allocate);
+  return launch(gibbs_sample, a, circumstances);
 }
 
-int py_free_energy(Address v, int v_element, int64_t rows, int64_t v_stride, bool v_binary,
-                   Address W, int W_element, int64_t V, int64_t H, int64_t row_stride,
-                   int64_t col_stride, Address b, Address c, Address log_var, float beta,
-                   Address betas, Address energies, int digits, const py::object& allocate,
-                   int device, Address stream) {
-  const FreeEnergy a{matrix(v, v_element, rows, V, v_stride, 1, v_binary),
-                     matrix(W, W_element, V, H, row_stride, col_stride, false),
-                     at<const float>(b),
-                     at<const float>(c),
-                     at<const float>(log_var),
-                     {beta, at<const float>(betas)},
+int py_free_energy(const py::tuple& v, const py::tuple& model, const py::tuple& draw,
+                   Address energies, const py::tuple& place) {
+  const Circumstances circumstances(draw, place);
+  const Model m(model);
+  const FreeEnergy a{matrix(v),          m.W, m.b, m.c, m.log_var, circumstances.temperature,
                      at<float>(energies)};
-  return launch(free_energy, a, {nullptr, 0, digits, device, at<void>(stream)}, allocate);
+  return launch(free_energy, a, circumstances);
 }
 
-int py_cd_step(Address v, int v_element, int64_t rows, int64_t v_stride, bool v_binary, Address W,
-               int W_element, int64_t V, int64_t H, int64_t row_stride, int64_t col_stride,
-               Address b, Address c, int64_t k, Address chains, int chains_element,
-               int64_t n_chains, int64_t chains_stride, bool chains_binary, Address log_var,
-               Address grad_W, int64_t grad_stride, Address grad_b, Address grad_c, bool accumulate,
-               Address advanced, int advanced_element, Address energies, Address seed,
-               uint32_t chain_offset, int digits, const py::object& allocate, int device,
-               Address stream) {
-  const CdStep a{matrix(v, v_element, rows, V, v_stride, 1, v_binary),
-                 matrix(W, W_element, V, H, row_stride, col_stride, false),
-                 at<const float>(b),
-                 at<const float>(c),
+int py_cd_step(const py::tuple& v, const py::tuple& model, int64_t k, const py::tuple& chains,
+               const py::tuple& draw, Address grad_W, int64_t grad_W_stride, Address grad_b,
+               Address grad_c, bool accumulate, Address advanced, int advanced_element,
+               Address energies, const py::tuple& place) {
+  const Circumstances circumstances(draw, place);
+  const Model m(model);
+  const CdStep a{matrix(v),
+                 m.W,
+                 m.b,
+                 m.c,
                  k,
-                 matrix(chains, chains_element, n_chains, V, chains_stride, 1, chains_binary),
-                 at<const float>(log_var),
+                 matrix(chains),
+                 m.log_var,
                  at<float>(grad_W),
-                 grad_stride,
+                 grad_W_stride,
                  at<float>(grad_b),
                  at<float>(grad_c),
                  accumulate,
                  at<void>(advanced),
                  static_cast<Element>(advanced_element),
                  at<float>(energies)};
-  return launch(cd_step, a,
-                {at<const int64_t>(seed), chain_offset, digits, device, at<void>(stream)},
-                allocate);
+  return launch(cd_step, a, circumstances);
 }
 
 py::tuple py_device_count() {

@@ -49,7 +49,7 @@ def _refusal(
     if reason is not None:
         return reason
     for kind in kinds:
-        if not issubclass(kind, module.UNITS):
+        if kind not in module.UNITS:
             return f"it has no {kind.label} units"
     if dtype == torch.float64 and operation == "free_energy":
         return "float64 free energies are computed in float64 by the reference backend"

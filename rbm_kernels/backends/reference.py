@@ -17,7 +17,6 @@ from rbm_kernels import arithmetic
 from rbm_kernels.arguments import Beta, Draw, Layer, Model
 from rbm_kernels.units import Bernoulli, Units
 
-UNITS = (Units,)
 _HIDDEN = Bernoulli()
 
 

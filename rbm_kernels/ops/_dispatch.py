@@ -62,43 +62,56 @@ class Operation:
     Attributes:
         name: The name of the public function.
         kinds: The types of the body's arguments, in words.
-        body: The call of a backend, ``body(module, name, *arguments, **eager)``. The first argument
-            is states [B, K], the second a model or a layer. None among the results becomes an empty
-            tensor in torch.library. Only calls in plain eager have arguments ``eager``.
+        n_results: How many results torch.library has. An empty tensor stands there for None, and
+            for a result that is missing at the end.
+        body: The call of a backend, ``body(module, name, *arguments, *eager)``. The first argument
+            is states [B, K], the second a model or a layer. Only calls in plain eager have further
+            arguments.
         save: ``save(arguments, results)``, the tensors and numbers that the gradient needs.
-        backward: ``backward(saved, *grads)``, gradients of the body's first arguments over their
-            fields. The other arguments have none.
+        backward: ``backward(saved, *grads)``, gradients of the fields of the first two arguments.
+            The other arguments have none.
         differentiable: Which of several results has a gradient.
+        returned: How many of several results a caller gets; the others are for ``save`` alone.
     """
 
     name: str
     kinds: list[str]
+    n_results: int
     body: Callable[..., Any]
     save: Callable[..., tuple[Any, ...]] | None
     backward: Callable[..., tuple[Any, ...]] | None
     differentiable: int
+    returned: int | None
 
     def from_flat(self, *flat: Any) -> Any:
         """The operation over torch.library's arguments, the last of which names the backend."""
-        results = _call(self, flat[-1], tuple(_tuples(self.kinds, flat)))
+        return self.tensors(_call(self, flat[-1], tuple(_tuples(self.kinds, flat))), flat[0])
+
+    def tensors(self, results: Any, like: Tensor) -> Any:
+        """The results of the body as torch.library returns them."""
         if isinstance(results, Tensor):
             return results
-        return tuple(flat[0].new_empty(0) if result is None else result for result in results)
+        missing = (None,) * (self.n_results - len(results))
+        return tuple(like.new_empty(0) if x is None else x for x in (*results, *missing))
 
     def save_flat(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """What happens between the forward and the backward pass."""
+        """What happens between torch.library's forward and backward passes."""
+        ctx.n_inputs = len(inputs)
+        self.remember(ctx, tuple(_tuples(self.kinds, inputs)), output, output)
+
+    def remember(self, ctx: Any, arguments: tuple[Any, ...], results: Any, returned: Any) -> None:
+        """Keep what the gradient needs, and say which results have none."""
         assert self.save is not None
         ctx.set_materialize_grads(False)
-        if not isinstance(output, Tensor):
-            constant = [x for i, x in enumerate(output) if i != self.differentiable]
+        if not isinstance(returned, Tensor):
+            constant = [x for i, x in enumerate(returned) if i != self.differentiable]
             ctx.mark_non_differentiable(*constant)
-        saved = self.save(tuple(_tuples(self.kinds, inputs)), output)
+        saved = self.save(arguments, results)
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in saved))
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in saved]
-        ctx.n_inputs = len(inputs)
 
     def backward_flat(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        """Gradients of all of torch.library's arguments."""
+        """Gradients of the ``ctx.n_inputs`` inputs of the forward pass."""
         assert self.backward is not None
         grad = grads[self.differentiable if len(grads) > 1 else 0]
         if grad is None:
@@ -117,6 +130,7 @@ def define(
     save: Callable[..., tuple[Any, ...]] | None = None,
     backward: Callable[..., tuple[Any, ...]] | None = None,
     differentiable: int = 0,
+    returned: int | None = None,
 ) -> Operation:
     """Register ``rbm_kernels::name``: its schema, kernel, fake kernel and, if given, its autograd.
 
@@ -133,7 +147,9 @@ def define(
     declared = [argument.split() for argument in arguments.split(", ")]
     kinds = [kind for kind, _ in declared]
     fields = [_FIELDS.get(kind, f"{kind} {label}") for kind, label in declared]
-    operation = Operation(name, kinds, body, save, backward, differentiable)
+    operation = Operation(
+        name, kinds, results.count("Tensor"), body, save, backward, differentiable, returned
+    )
     _LIBRARY.define(
         f"{name}({', '.join(fields)}, str? backend) -> {results}",
         tags=(torch.Tag.pt2_compliant_tag,),
@@ -153,7 +169,11 @@ def define(
 
 
 def run(
-    operation: Operation, backend: str | None, *arguments: Any, record: bool = False, **eager: Any
+    operation: Operation,
+    backend: str | None,
+    *arguments: Any,
+    record: bool = False,
+    eager: tuple[Any, ...] = (),
 ) -> Any:
     """Run an operation on a backend.
 
@@ -168,15 +188,19 @@ def run(
     Returns:
         The results of the body. By way of torch.library an empty tensor stands for None.
     """
-    if not _plain_eager():
-        registered = getattr(torch.ops.rbm_kernels, operation.name)
-        return registered(*_flat(arguments), backend)
-    if record:
-        return _Recorded.apply(operation, *_flat(arguments), backend)
-    return _call(operation, backend, arguments, **eager)
+    if _plain_eager():
+        if record:
+            inputs = _flat(arguments[:2])
+            return _Recorded.apply(operation, backend, arguments, *inputs)
+        results = _call(operation, backend, arguments, eager)
+    else:
+        results = getattr(torch.ops.rbm_kernels, operation.name)(*_flat(arguments), backend)
+    return results if operation.returned is None else results[: operation.returned]
 
 
-def _call(operation: Operation, backend: str | None, arguments: Any, **eager: Any) -> Any:
+def _call(
+    operation: Operation, backend: str | None, arguments: Any, eager: tuple[Any, ...] = ()
+) -> Any:
     W = arguments[1].W
     shape = W.shape
     module = select(
@@ -188,22 +212,29 @@ def _call(operation: Operation, backend: str | None, arguments: Any, **eager: An
         arguments[1].kinds,
         0 in shape or not arguments[0].shape[0],
     )
-    return operation.body(module, operation.name, *arguments, **eager)
+    return operation.body(module, operation.name, *arguments, *eager)
 
 
 class _Recorded(torch.autograd.Function):
-    """A registered operation's autograd without the dispatcher, for plain eager calls."""
+    """A registered operation's autograd without the dispatcher, for plain eager calls.
+
+    Its differentiable inputs, the fields of the first two arguments, are given beside the arguments
+    because autograd looks into no tuple.
+    """
 
     @staticmethod
-    def forward(ctx: Any, operation: Operation, *flat: Any) -> Any:
-        results = operation.from_flat(*flat)
-        ctx.operation = operation
-        operation.save_flat(ctx, flat, results)
-        return results
+    def forward(
+        ctx: Any, operation: Operation, backend: str | None, arguments: Any, *inputs: Tensor | None
+    ) -> Any:
+        results = _call(operation, backend, arguments)
+        returned = results if operation.returned is None else results[: operation.returned]
+        ctx.operation, ctx.n_inputs = operation, len(inputs)
+        operation.remember(ctx, arguments, results, returned)
+        return returned
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return (None, *ctx.operation.backward_flat(ctx, *grads))
+        return (None, None, None, *ctx.operation.backward_flat(ctx, *grads))
 
 
 def _plain_eager() -> bool:
@@ -218,4 +249,8 @@ def _plain_eager() -> bool:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operation on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False

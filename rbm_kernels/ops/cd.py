@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -115,8 +116,9 @@ def cd_step(
         # Gradients must be changed back before they reach the caller's buffers.
         buffers, start = None, None if chains is None else change.states(chains)
         v, model = change.states(v), Model(*change.model(W, b, c), change.units)
-    results = run(_STEP, backend, v, model, k, start, draw, out=buffers, accumulate=accumulate)
-    grads, (advanced, energies) = results[:-2], results[-2:]
+    advanced, energies, *grads = run(
+        _STEP, backend, v, model, k, start, draw, eager=(buffers, accumulate)
+    )
     grads = grads[: 3 + len(model.units.parameter_names)]
     if change is not None:
         grads = change.gradients(*grads)
@@ -171,7 +173,7 @@ def cd_loss(
         start = None if chains is None else change.states(chains)
         v, model = change.states(v), Model(*change.model(W, b, c), change.units)
     record = needs_grad(W, b, c, log_var)
-    loss, *_, advanced = run(_LOSS, backend, v, model, k, start, draw, record=record)
+    loss, advanced = run(_LOSS, backend, v, model, k, start, draw, record=record)
     if chains is not None:
         advanced = advanced.detach()
         chains.copy_(advanced if change is None else change.restored(advanced))
@@ -229,7 +231,7 @@ def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, units: Units) -> Non
 
 
 def _write(
-    out: tuple[Tensor, ...], grads: tuple[Tensor, ...], accumulate: bool
+    out: tuple[Tensor, ...], grads: Sequence[Tensor], accumulate: bool
 ) -> tuple[Tensor, ...]:
     """Bring gradients into the caller's buffers, which take their place."""
     for buffer, grad in zip(out, grads, strict=True):
@@ -250,29 +252,31 @@ def _step(
     draw: Draw,
     out: tuple[Tensor, ...] | None = None,
     accumulate: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """grad_W, grad_b, grad_c, grad_log_var or None, the advanced chains, the mean free energies."""
-    W = model.W
+) -> tuple[Tensor, ...]:
+    """The advanced chains, the mean free energies, and the gradients, written to `out` if given."""
+    W, b, c, units = model
     # The averages over both phases are the gradient, unless the units have parameters of their own.
-    final = not model.units.parameter_names
-    direct = out is not None and final and all(_is_plain(buffer) for buffer in out)
-    averages = out if direct and out is not None else tuple(map(_like, model[:3]))
+    final = not units.parameter_names
+    averages: tuple[Tensor, ...]
+    if out is not None and final and all(map(_is_plain, out)):
+        averages, direct = out, True
+    else:
+        averages, direct = (_like(W), _like(b), _like(c)), False
     advanced, energies = module.cd_step(
         op, v, model, k, chains, draw, averages, accumulate and direct
     )
     grads = averages if final else _finished(averages, v, advanced, model)
-    if not direct and out is not None:
-        grads = _write(out, grads, accumulate)
-    elif out is None and W.dtype is not torch.float32:
+    if out is not None:
+        grads = averages if direct else _write(out, grads, accumulate)
+    elif W.dtype is not torch.float32:
         grads = tuple(grad.to(W.dtype) for grad in grads)
-    dtype = W.dtype if chains is None else chains.dtype
-    if advanced.dtype is not dtype:
+    if advanced.dtype is not (dtype := W.dtype if chains is None else chains.dtype):
         advanced = advanced.to(dtype)
-    return (*grads, *(None,) * (4 - len(grads)), advanced, energies)
+    return (advanced, energies, *grads)
 
 
 def _is_plain(buffer: Tensor) -> bool:
-    """Whether a backend can write into a buffer: float32, values of a row side by side."""
+    """Whether a backend can write into a buffer: float32, the values of a row side by side."""
     return buffer.dtype is torch.float32 and buffer.stride(-1) == 1
 
 
@@ -282,7 +286,7 @@ def _like(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _finished(
-    averages: tuple[Tensor, ...], v: Tensor, advanced: Tensor, model: Model
+    averages: Sequence[Tensor], v: Tensor, advanced: Tensor, model: Model
 ) -> tuple[Tensor, ...]:
     """The gradients of all parameters, in which the units' own have their part."""
     grad_W, grad_b, grad_c = averages
@@ -299,26 +303,25 @@ def _step_fake(
     W = model.W
     parameters = [parameter for _, parameter in model.units.parameters()] or [W.new_empty(0)]
     return (
-        *(W.new_empty(x.shape) for x in (*model[:3], *parameters)),
         W.new_empty(v.shape) if chains is None else chains.new_empty(chains.shape),
         W.new_empty(2, dtype=torch.float32),
+        *(W.new_empty(x.shape) for x in (*model[:3], *parameters)),
     )
 
 
-def _loss(*arguments: Any) -> tuple[Tensor | None, ...]:
-    *grads, advanced, energies = _step(*arguments)
-    assert energies is not None
-    return (energies[0] - energies[1], *grads, advanced)
+def _loss(*arguments: Any) -> tuple[Tensor, ...]:
+    advanced, energies, *grads = _step(*arguments)
+    return (energies[0] - energies[1], advanced, *grads)
 
 
 def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    *grads, advanced, energies = _step_fake(*arguments)
-    return (energies[0].clone(), *grads, advanced)
+    advanced, energies, *grads = _step_fake(*arguments)
+    return (energies[0].clone(), advanced, *grads)
 
 
 def _save(arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Any, ...]:
     units: Units = arguments[1].units
-    return results[1 : 4 + len(units.parameter_names)]
+    return results[2 : 5 + len(units.parameter_names)]
 
 
 def _backward(saved: list[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -328,4 +331,4 @@ def _backward(saved: list[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
 _ARGUMENTS = "Tensor v, Model model, int k, Tensor? chains, Draw draw"
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _STEP = define("cd_step", _ARGUMENTS, _RESULTS, _step, _step_fake)
-_LOSS = define("cd_loss", _ARGUMENTS, _RESULTS, _loss, _loss_fake, _save, _backward)
+_LOSS = define("cd_loss", _ARGUMENTS, _RESULTS, _loss, _loss_fake, _save, _backward, returned=2)
