@@ -380,7 +380,6 @@ class JointRBM(PairModel):
         """States of the hidden units [N, H] given standardized features and words [N, T]."""
         visible = torch.cat([z, words.to(z.dtype)], 1)
         h = rk.sample_hidden(visible, self._weights(), self.c, log_var=self._log_var(), seed=seed)
-        assert isinstance(h, Tensor)
         return h
 
     @torch.no_grad()
@@ -469,12 +468,10 @@ class JointRBM(PairModel):
 
     def _sample_image(self, h: Tensor, seed: Tensor) -> Tensor:
         z = rk.sample_visible(h, self.W_image, self.b_image, log_var=self.log_var, seed=seed)
-        assert isinstance(z, Tensor)
         return z
 
     def _sample_words(self, h: Tensor, seed: Tensor) -> Tensor:
         t = rk.sample_visible(h, self.W_words, self.b_words, seed=seed)
-        assert isinstance(t, Tensor)
         return t
 
     def _stream(self, seed: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The randomness and fixed-point contract of every backend, in plain PyTorch.
 
 Each function computes exactly the bits that ``csrc/include/rbm`` computes: an fp32 fused
-multiply-add has one rounding here too (see :func:`fma`), and sums of fixed-point products are exact
+multiply-add has one rounding here too (see ``fma``), and sums of fixed-point products are exact
 integers. ``docs/arithmetic.md`` states the contract and its measured error.
 """
 
@@ -45,11 +45,11 @@ def digits_of(op: str, precision: str | None) -> int:
     changes from ``highest`` to the others or back, because torch guards what that stands for.
 
     Args:
-        op: the calling function, for error messages.
-        precision: one of the three names, or None for ``torch.get_float32_matmul_precision()``.
+        op: The calling function, for error messages.
+        precision: One of the three names, or None for ``torch.get_float32_matmul_precision()``.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: For any other name.
     """
     name = torch.get_float32_matmul_precision() if precision is None else precision
     if name == "highest":
@@ -99,7 +99,7 @@ def exp_neg(x: Tensor) -> Tensor:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """``1 / (1 + exp(-x))`` in float32, by :func:`exp_neg` and one division."""
+    """``1 / (1 + exp(-x))`` in float32, by ``exp_neg`` and one division."""
     return 1.0 / (1.0 + exp_neg(x))
 
 
@@ -113,10 +113,10 @@ def random_words(seed: Tensor, step: int, chains: Tensor, n_units: int, stream: 
 
     Args:
         seed: int64 [2], the key and the offset.
-        step: half-sweep index within the call; the offset is added to it.
+        step: Half-sweep index within the call; the offset is added to it.
         chains: int64 [B], global indices of the chains.
-        n_units: units of the layer drawn.
-        stream: number of the stream, 0 to 255.
+        n_units: Units of the layer drawn.
+        stream: Number of the stream, 0 to 255.
 
     Returns:
         int64 [B, n_units] of values in [0, 2^32): unit u of a chain uses word ``u % 4`` of the

@@ -20,15 +20,15 @@ def resolve(
     """The int64[2] tensor (seed, offset) of one call.
 
     Args:
-        name: the calling function, for error messages.
-        seed: an int (offset 0), a pair (seed, offset), or an int64[2] tensor on `device`, which the
-            caller then advances; None draws both from `generator`.
+        name: The calling function, for error messages.
+        seed: An int (offset 0), a pair (seed, offset), or an int64[2] tensor on ``device``, which
+            the caller then advances; None draws both from ``generator``.
         generator: None means torch's default generator, so that ``torch.manual_seed`` governs.
-        device: where the tensor must live.
+        device: Where the tensor must live.
 
     Raises:
-        TypeError: if `seed` is of another kind.
-        ValueError: if both are given, or `seed` has another shape, dtype or device.
+        TypeError: If ``seed`` is of another kind.
+        ValueError: If both are given, or ``seed`` has another shape, dtype or device.
     """
     if seed is None:
         where = device if generator is None else generator.device

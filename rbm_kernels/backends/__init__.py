@@ -23,7 +23,7 @@ BACKENDS: dict[str, ModuleType] = {
     "cuda": cuda,
 }
 
-# What `auto` tries for tensors on a device, in this order. Other devices have the reference alone.
+# What ``auto`` tries for tensors on a device, in this order. Others have the reference alone.
 # The entry for cuda is an estimate by counting and not measured: both backends multiply the same
 # bytes on the same tensor cores, but cuda keeps a small model's chain on the chip through one
 # launch, where triton launches 2k half-sweeps that pass the states through memory. A shape for
@@ -41,7 +41,7 @@ def _refusal(
     dtype: torch.dtype,
     kinds: tuple[type[Units], ...],
 ) -> str | None:
-    """Why backend `name` cannot run this call, or None when it can."""
+    """Why backend ``name`` cannot run this call, or None when it can."""
     if name == "reference":
         return None
     module = BACKENDS[name]

@@ -114,7 +114,7 @@ class Kernels(ABC):
         return (W, b, c, log_var), (weights, b.data_ptr(), c.data_ptr(), _address(log_var))
 
     def _result(self, dtype: torch.dtype, exact: bool) -> torch.dtype:
-        """The dtype in which kernels write states that are asked for in `dtype`."""
+        """The dtype in which kernels write states that are asked for in ``dtype``."""
         return dtype if not exact and dtype in self.states else _FLOAT32
 
     def sample_layer(
@@ -127,7 +127,7 @@ class Kernels(ABC):
         out_dtype: torch.dtype,
         *more: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """See ``reference.sample_layer``; `more` are results that only one module has."""
+        """See ``reference.sample_layer``; ``more`` are results that only one module has."""
         self.check(op, "v" if op == "sample_hidden" else "h", given, layer.W)
         device = given.device
         given, states = self._states(given)

@@ -65,7 +65,7 @@ def sample_layer(
     out_dtype: torch.dtype,
     sums: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """See ``reference.sample_layer``; `sums` is an address for ``integer_sums``."""
+    """See ``reference.sample_layer``; ``sums`` is an address for ``integer_sums``."""
     return _kernels.sample_layer(op, given, layer, draw, return_means, out_dtype, sums)
 
 

@@ -59,7 +59,7 @@ def unavailable_reason() -> str | None:
 
 @functools.cache
 def runs_on(device: torch.device) -> str | None:
-    """Why this backend cannot take tensors of `device`, or None if it can."""
+    """Why this backend cannot take tensors of ``device``, or None if it can."""
     if _EMULATED:
         return None if device.type == "cpu" else "the emulated build takes CPU tensors"
     if device.type != "cuda":

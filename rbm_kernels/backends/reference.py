@@ -1,8 +1,14 @@
 """The mathematics in plain PyTorch, for any dtype, device and kind of unit: the backends' oracle.
 
 Nothing else defines what is right. Symbols as in the README: v [B, V] visible, h [B, H] hidden,
-W [V, H], b [V], c [H]. The operations' arguments and results are described in
-``rbm_kernels/backends/__init__.py``.
+W [V, H], b [V], c [H].
+
+The four operations below are what every backend offers, with these arguments and results. All of a
+call's tensors are on one device, ``rbm_kernels/ops`` has checked their shapes and dtypes, and an
+operation changes no argument but the buffers that it is told to fill. ``op`` is the public function
+that errors name. States come back in a dtype of the backend's choice that holds them exactly; the
+caller converts them. Backends on the CPU raise ValueError for values that are not finite, before
+they write.
 """
 
 from __future__ import annotations
@@ -73,6 +79,19 @@ def _layers(model: Model) -> tuple[Layer, Layer]:
 def sample_layer(
     op: str, given: Tensor, layer: Layer, draw: Draw, return_means: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
+    """Draw one layer given the other: a half-sweep, number 0 of the draw.
+
+    Args:
+        op: "sample_hidden" or "sample_visible".
+        given: [B, K] states of the given layer, of any dtype that holds states.
+        layer: W [K, N] and bias [N] towards the drawn layer, and the kinds of both layers' units.
+        draw: How the states are drawn.
+        return_means: Whether the conditional means are wanted too.
+        out_dtype: The dtype that the caller will convert the states to.
+
+    Returns:
+        The drawn states [B, N], and their means, float32 [B, N], or None.
+    """
     states_name, bias_name = ("v", "c") if op == "sample_hidden" else ("h", "b")
     named = {"W": layer.W, bias_name: layer.bias, states_name: given}
     for units in (layer.given, layer.drawn):
@@ -92,6 +111,21 @@ def gibbs_sample(
     values: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    """Run k sweeps, hidden given visible and visible given hidden, of half-sweeps 0 to 2k - 1.
+
+    Args:
+        op: The calling function.
+        v: [B, V] visible states to start from.
+        model: The parameters.
+        k: Sweeps, at least 1.
+        draw: How the states are drawn.
+        mask: bool [V] or [B, V], the units to hold still, or None for none.
+        values: [V] or [B, V] values of the held units; None holds them at what they are in v.
+        out_dtype: The dtype that the caller will convert the states to.
+
+    Returns:
+        The visible states [B, V] after the last sweep.
+    """
     W, b, c, units = model
     _require_finite(op, units, W=W, b=b, c=c, v=v, **{"clamp's values": values})
     state = v.float()
@@ -108,7 +142,19 @@ def gibbs_sample(
 
 
 def free_energies(op: str, v: Tensor, model: Model, beta: Beta, digits: int) -> Tensor:
-    """F_beta(v) in plain arithmetic, without fixed point: `digits` changes nothing."""
+    """F_beta(v) of each row.
+
+    Args:
+        op: The calling function.
+        v: [B, V] visible states.
+        model: The parameters.
+        beta: Inverse temperature, a float or a contiguous float32 [B].
+        digits: Base-256 digits of the fixed-point weights. Here nothing is in fixed point, so that
+            they change nothing.
+
+    Returns:
+        Free energies [B] in nats, float32, or here in the weights' dtype where that is wider.
+    """
     W, b, c, units = model
     _require_finite(op, units, W=W, b=b, c=c, v=v)
     dtype = torch.promote_types(W.dtype, torch.float32)
@@ -132,6 +178,23 @@ def cd_step(
     averages: tuple[Tensor, Tensor, Tensor],
     accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Advance chains by k sweeps and compare them with data.
+
+    Args:
+        op: The calling function.
+        v: [B, V] data, B at least 1.
+        model: The parameters.
+        k: Sweeps, at least 1.
+        chains: [N, V] where the chains start, N at least 1; None starts them from v.
+        draw: How the states are drawn; its beta is 1.
+        averages: Buffers that belong to the caller: float32 [V, H], [V] and [H], the values of a
+            row side by side. They receive <v p(h|v)>, <v> and <p(h|v)> of the advanced chains less
+            those of the data, where p(h|v) belongs to that same v.
+        accumulate: Whether to add to the buffers instead of overwriting them.
+
+    Returns:
+        The advanced chains [N, V], and float32 [2], the mean free energies of data and chains.
+    """
     W, b, c, units = model
     _require_finite(op, units, W=W, b=b, c=c, v=v, chains=chains)
     digits = draw.digits

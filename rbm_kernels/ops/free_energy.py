@@ -39,9 +39,9 @@ def free_energy(
         b: [V] visible biases.
         c: [H] hidden biases.
         log_var: [V] log-variances of Gaussian visible units.
-        visible: the kind of visible units, by its name in docs/units.md; None means Gaussian units
+        visible: The kind of visible units, by its name in docs/units.md; None means Gaussian units
             where ``log_var`` is given and Bernoulli units otherwise.
-        beta: inverse temperature, one number or [B].
+        beta: Inverse temperature, one number or [B].
         backend: "auto" (default), "reference", "cpu", "triton" or "cuda".
         precision: "highest", "high" or "medium". float64 weights are computed in float64.
 
@@ -49,9 +49,9 @@ def free_energy(
         F [B] in nats, float32 (float64 for float64 weights).
 
     Raises:
-        TypeError: an argument of the wrong kind or dtype.
-        ValueError: a wrong shape or device, or values that are not finite.
-        RuntimeError: an explicitly named backend cannot run.
+        TypeError: An argument of the wrong kind or dtype.
+        ValueError: A wrong shape or device, or values that are not finite.
+        RuntimeError: An explicitly named backend cannot run.
 
     Example:
         >>> import torch

@@ -38,19 +38,19 @@ def gibbs_sample(
         W: [V, H] weights.
         b: [V] visible biases.
         c: [H] hidden biases.
-        k: sweeps, at least 1.
+        k: Sweeps, at least 1.
         log_var: [V] log-variances; given exactly when the visible units are Gaussian.
-        visible: the kind of visible units, by its name in docs/units.md; None means Gaussian units
+        visible: The kind of visible units, by its name in docs/units.md; None means Gaussian units
             where ``log_var`` is given and Bernoulli units otherwise.
-        beta: inverse temperature of the chains, one number or [B]: each chain samples
+        beta: Inverse temperature of the chains, one number or [B]: each chain samples
             exp(-beta E(v, h)).
-        clamp: units to hold still, for conditional sampling and in-painting: a bool mask [V] or
+        clamp: Units to hold still, for conditional sampling and in-painting: a bool mask [V] or
             [B, V] (True units keep their value in v), or (mask, values) with values of the same
             shapes, set before the first sweep.
-        out_dtype: dtype of the returned states; W's by default.
+        out_dtype: Dtype of the returned states; W's by default.
         seed: int, (seed, offset), or int64[2] tensor whose offset is advanced by 2k.
-        generator: source of the seed where none is given.
-        chain_offset: global index of row 0.
+        generator: Source of the seed where none is given.
+        chain_offset: Global index of row 0.
         backend: "auto" (default), "reference", "cpu", "triton" or "cuda".
         precision: "highest", "high" or "medium".
 
@@ -58,9 +58,9 @@ def gibbs_sample(
         v_k [B, V].
 
     Raises:
-        TypeError: an argument of the wrong kind or dtype.
-        ValueError: a wrong shape or device, k < 1, or values that are not finite.
-        RuntimeError: an explicitly named backend cannot run.
+        TypeError: An argument of the wrong kind or dtype.
+        ValueError: A wrong shape or device, k < 1, or values that are not finite.
+        RuntimeError: An explicitly named backend cannot run.
 
     Example:
         >>> import torch

@@ -72,15 +72,15 @@ def sample_hidden(
         c: [H] hidden biases.
         log_var: [V] log-variances; given exactly when the visible units are Gaussian, and then
             (v / s^2)'W_j takes the place of v'W_j.
-        visible: the kind of visible units, by its name in docs/units.md; None means Gaussian units
+        visible: The kind of visible units, by its name in docs/units.md; None means Gaussian units
             where ``log_var`` is given and Bernoulli units otherwise.
-        beta: inverse temperature, one number or float32 [B].
-        return_probs: also return the probabilities, differentiable in v, W, c and log_var.
-        out_dtype: dtype of the states; W's by default, uint8 and bool also serve.
+        beta: Inverse temperature, one number or float32 [B].
+        return_probs: Also return the probabilities, differentiable in v, W, c and log_var.
+        out_dtype: Dtype of the states; W's by default, uint8 and bool also serve.
         seed: int, (seed, offset), or int64[2] tensor whose offset is advanced by 1. Calls that
             share a seed and an offset share their uniform numbers, whichever layer they draw.
-        generator: source of the seed where none is given; torch's default generator otherwise.
-        chain_offset: global index of row 0, so that a batch cut in parts draws the same.
+        generator: Source of the seed where none is given; torch's default generator otherwise.
+        chain_offset: Global index of row 0, so that a batch cut in parts draws the same.
         backend: "auto" (default), "reference", "cpu", "triton" or "cuda".
         precision: "highest", "high" or "medium"; default
             ``torch.get_float32_matmul_precision()``.
@@ -89,9 +89,9 @@ def sample_hidden(
         h [B, H], or (h, p) with p [B, H] in W's dtype.
 
     Raises:
-        TypeError: an argument of the wrong kind or dtype.
-        ValueError: a wrong shape or device, or values that are not finite.
-        RuntimeError: an explicitly named backend cannot run.
+        TypeError: An argument of the wrong kind or dtype.
+        ValueError: A wrong shape or device, or values that are not finite.
+        RuntimeError: An explicitly named backend cannot run.
 
     Example:
         >>> import torch
@@ -160,7 +160,7 @@ def sample_visible(
         W: [V, H] weights.
         b: [V] visible biases.
         log_var: [V] log-variances of Gaussian visible units.
-        return_probs: also return the conditional means [B, V] (for Bernoulli units, the
+        return_probs: Also return the conditional means [B, V] (for Bernoulli units, the
             probabilities), differentiable in h, W and b.
 
     The other arguments, errors and the order of results are those of ``sample_hidden``.

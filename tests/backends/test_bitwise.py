@@ -42,7 +42,7 @@ def threads(n: int) -> Iterator[None]:
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    module = cpu._module()
+    module = cpu._cpu
     before = module.in_use()
     module.use(name)
     try:
@@ -247,7 +247,7 @@ def test_instruction_sets_agree(name: str) -> None:
     with instruction_set("plain"):
         expected = digest()
     with instruction_set(name):
-        assert cpu._module().in_use() == name
+        assert cpu._cpu.in_use() == name
         assert digest() == expected
 
 
@@ -269,7 +269,7 @@ def test_the_environment_forces_an_instruction_set() -> None:
     assert "plain" in names
     code = (
         "import rbm_kernels.backends.cpu as cpu, support.operations as operations;"
-        "print(cpu._module().in_use(), operations.digest())"
+        "print(cpu._cpu.in_use(), operations.digest())"
     )
     for name in {names[0], "plain"}:
         done = run_python(code, RBM_KERNELS_ISA=name, OMP_NUM_THREADS="1")

@@ -42,7 +42,7 @@ def unavailable_reason() -> str | None:
 
 @functools.cache
 def runs_on(device: torch.device) -> str | None:
-    """Why this backend cannot take tensors of `device`, or None if it can."""
+    """Why this backend cannot take tensors of ``device``, or None if it can."""
     if interpreted():
         return None if device.type == "cpu" else f"TRITON_INTERPRET is set, and W is on {device}"
     if device.type != "cuda":

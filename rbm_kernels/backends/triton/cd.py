@@ -291,7 +291,7 @@ def _statistics(
     draw: Draw,
     drawn: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Fills one phase's columns of `fixed`; sums of softplus [tiles, B] and of p [tiles, H]."""
+    """Fills one phase's columns of ``fixed``; sums of softplus [tiles, B] and of p [tiles, H]."""
     assert weights.hidden is not None
     n_rows, n_hidden = given.planes.shape[1], c.shape[0]
     digits, h_padded, n_padded = weights.hidden.shape

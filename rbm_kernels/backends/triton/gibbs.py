@@ -29,13 +29,13 @@ def advance(
     mask: Tensor | None = None,
     held: Tensor | None = None,
 ) -> None:
-    """Runs k sweeps and leaves the visible states in `last`.
+    """Runs k sweeps and leaves the visible states in ``last``.
 
     Args:
-        visible: where the chains start; None if `hidden` is their first hidden layer.
+        visible: Where the chains start; None if ``hidden`` is their first hidden layer.
         last: [B, V], int8 (perhaps with padded rows), or float32 for Gaussian or clamped units.
-        hidden: int8 [B, H padded], the buffer of hidden states, filled if `visible` is None.
-        mask: bool [B, V] or [V], the units to keep at `held`, float32 [B, V].
+        hidden: int8 [B, H padded], the buffer of hidden states, filled if ``visible`` is None.
+        mask: bool [B, V] or [V], the units to keep at ``held``, float32 [B, V].
     """
     n_rows = last.shape[0]
     W, b, c, units = model

@@ -226,7 +226,7 @@ def planes_of(
     Args:
         units: The kind of the layer's units; Gaussian states are divided by their variance.
         seen: int32 [2] of zeros, raised to the magnitude_bits of the largest state and to 1 if any
-            state is real, both before the variance divides; left alone if `given` is bool.
+            state is real, both before the variance divides; left alone if ``given`` is bool.
     """
     n_rows, n_units = given.shape
     gaussian = isinstance(units, Gaussian)

@@ -69,7 +69,7 @@ def half_sweep_kernel(
     """Draws a layer [n_rows, n_units] from the digits of the other.
 
     log_var: of drawn Gaussian units. mask: bytes [n_rows or 1, n_units],
-    units to take from `held` [n_rows, n_units] instead, or None. drawn: states, of any dtype that
+    units to take from ``held`` [n_rows, n_units] instead, or None. drawn: states, of any dtype that
     holds them. means: float32 [n_rows, n_units], conditional means, or None.
     """
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -125,12 +125,12 @@ def half_sweep(
     mask: Tensor | None = None,
     held: Tensor | None = None,
 ) -> None:
-    """Fills `drawn` [B, units], int8 or float32 and perhaps with padded rows, from the other layer.
+    """Fills ``drawn`` [B, units] from the other layer: int8 or float32, perhaps with padded rows.
 
     Args:
         weights: int8 [digits, units padded, given padded].
         units: The kind of the drawn units.
-        mask: bool [B, units] or [units], contiguous, with `held` float32 [B, units].
+        mask: bool [B, units] or [units], contiguous, with ``held`` float32 [B, units].
     """
     n_rows, n_units = drawn.shape
     if not drawn.numel():

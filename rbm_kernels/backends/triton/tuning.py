@@ -52,13 +52,13 @@ def launch(
     rows: int,
     sizes: Hashable,
 ) -> Config:
-    """Runs the kernel with the fastest of `configs` for its sizes, and says which that was.
+    """Runs the kernel with the fastest of ``configs`` for its sizes, and says which that was.
 
     Args:
-        grid: the grid, from the tile sizes.
-        options: the kernel's other compile-time arguments, part of what is tuned for.
-        rows: of the batch, which tunes by its rough size only.
-        sizes: whatever else the fastest configuration depends on.
+        grid: The grid, from the tile sizes.
+        options: The kernel's other compile-time arguments, part of what is tuned for.
+        rows: Rows of the batch, whose rough size alone counts.
+        sizes: Whatever else the fastest configuration depends on.
 
     The kernel may run several times, so it must not read what it writes.
     """
