@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from ast import literal_eval
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -290,10 +291,8 @@ class GatedResidual(nn.Module):
         Raises:
             TypeError: The reconstructor is no ``RBMReconstructor``.
         """
-        settings = RBMSettings.of(self)
+        header = {"format": "pt", "kind": _FILE_KIND, **RBMSettings.of(self).to_strings()}
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        header = {"format": "pt", "kind": _FILE_KIND}
-        header |= {name: str(value) for name, value in asdict(settings).items()}
         write_atomically(Path(path), lambda file: save_file(tensors, file, metadata=header))
 
     @classmethod
@@ -334,7 +333,7 @@ def _from_file(path: str | os.PathLike[str], header: Mapping[str, str]) -> Gated
     try:
         residual = RBMSettings.from_strings(header).build(tensors["mean"].shape[-1])
         residual.to(tensors["mean"].dtype).load_state_dict(tensors)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"load: {os.fspath(path)!r} must hold all of a fitted RBM, got {error}"
         ) from error
@@ -432,20 +431,14 @@ class RBMSettings:
             )
         return cls(**settings)
 
+    def to_strings(self) -> dict[str, str]:
+        """The settings for a file's header."""
+        return {name: repr(value) for name, value in asdict(self).items()}
+
     @classmethod
     def from_strings(cls, header: Mapping[str, str]) -> RBMSettings:
-        """The settings in a file's header."""
-        apart = header["cls_n_hidden"] != "None"
-        return cls(
-            n_hidden=int(header["n_hidden"]),
-            mode="gibbs" if header["mode"] == "gibbs" else "mean_field",
-            k=int(header["k"]),
-            seed=int(header["seed"]),
-            fused=header["fused"] == "True",
-            cls_token=cast(ClsToken, header["cls_token"]),
-            cls_n_hidden=int(header["cls_n_hidden"]) if apart else None,
-            strength=float(header["strength"]),
-        )
+        """The settings that ``to_strings`` wrote into a file's header."""
+        return cls(**{name: literal_eval(header[name]) for name in cls.__dataclass_fields__})
 
     @classmethod
     def of(cls, residual: GatedResidual) -> RBMSettings:

@@ -356,30 +356,22 @@ class JointRBM(PairModel):
         Raises:
             ValueError: Both are None, a wrong shape, or different N.
         """
-        self._check_rows(features, words)
-        if features is None:
-            assert words is not None
-            return rk.free_energy(words, self.W_words, self.b_words, self.c)
-        z = self.standardize(features)
-        if words is None:
-            return rk.free_energy(z, self.W_image, self.b_image, self.c, log_var=self.log_var)
-        t = words.to(z.dtype)
-        # A binary unit has t^2 = t, so (t - 1/2)^2 / 2 = 1/8: as a Gaussian unit of mean 1/2 and
-        # variance 1 it adds a constant, and its bias can be counted apart.
-        gaussian = rk.free_energy(
-            torch.cat([z, t], 1),
-            self._weights(),
-            torch.cat([self.b_image, torch.full_like(self.b_words, 0.5)]),
-            self.c,
-            log_var=self._log_var(),
-        )
-        return gaussian - self.n_words / 8 - t @ self.b_words
+        energy = -softplus(self._hidden_input(features, words)).sum(-1)
+        if features is not None:
+            z = self.standardize(features)
+            energy = energy + 0.5 * ((z - self.b_image).square() * torch.exp(-self.log_var)).sum(-1)
+        if words is not None:
+            energy = energy - words.to(self.b_words.dtype) @ self.b_words
+        return energy
 
     @torch.no_grad()
     def sample_hidden(self, z: Tensor, words: Tensor, *, seed: int | Tensor) -> Tensor:
         """States of the hidden units [N, H] given standardized features and words [N, T]."""
+        # As a Gaussian unit of variance 1 a word adds to the hidden units' input what it should.
         visible = torch.cat([z, words.to(z.dtype)], 1)
-        h = rk.sample_hidden(visible, self._weights(), self.c, log_var=self._log_var(), seed=seed)
+        W = torch.cat([self.W_image, self.W_words])
+        log_var = torch.cat([self.log_var, torch.zeros_like(self.b_words)])
+        h = rk.sample_hidden(visible, W, self.c, log_var=log_var, seed=seed)
         return h
 
     @torch.no_grad()
@@ -458,13 +450,17 @@ class JointRBM(PairModel):
 
     def hidden(self, features: Tensor | None = None, words: Tensor | None = None) -> Tensor:
         """p(h = 1 | what is given) [N, H]; a modality that is None is left out of the model."""
+        return torch.sigmoid(self._hidden_input(features, words))
+
+    def _hidden_input(self, features: Tensor | None, words: Tensor | None) -> Tensor:
+        """The log-odds [N, H] of the hidden units given what is there of image and caption."""
         self._check_rows(features, words)
         x: Tensor = self.c
         if features is not None:
             x = x + self.image_part(features)
         if words is not None:
             x = x + self.word_part(words)
-        return torch.sigmoid(x)
+        return x
 
     def _sample_image(self, h: Tensor, seed: Tensor) -> Tensor:
         z = rk.sample_visible(h, self.W_image, self.b_image, log_var=self.log_var, seed=seed)
@@ -476,12 +472,6 @@ class JointRBM(PairModel):
 
     def _stream(self, seed: int) -> Tensor:
         return torch.tensor([seed, 0], device=self.c.device)
-
-    def _weights(self) -> Tensor:
-        return torch.cat([self.W_image, self.W_words])
-
-    def _log_var(self) -> Tensor:
-        return torch.cat([self.log_var, torch.zeros_like(self.b_words)])
 
     def _check_rows(self, features: Tensor | None, words: Tensor | None) -> None:
         if features is None and words is None:

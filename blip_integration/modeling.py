@@ -83,6 +83,8 @@ class _CaptionerWithRBM:
 
     config: Any
     vision_model: Any
+    # Models of release 0.1 do not hold this counter of Gibbs draws; it starts at 0.
+    _keys_to_ignore_on_load_missing = (r"half_sweeps$",)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
