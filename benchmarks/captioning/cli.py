@@ -32,7 +32,13 @@ from blip_integration.cli import (
     write_captions,
 )
 
-from .settings import StudySettings
+from .settings import (
+    CaptionerSettings,
+    DemoSettings,
+    LiteSettings,
+    LSTMSettings,
+    StudySettings,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,20 +148,9 @@ def _add_train(commands: Any) -> None:
     add("--split", default="train", help="of DATA.json to train on, or all")
     add("--validation", metavar="SPLIT", help="of DATA.json, for a loss on other images at the end")
     add("--cache", type=Path, help="folder for the features (default: OUT-features)")
-    add("--variant", type=int, choices=(0, 1, 2), default=2, help="of the EfficientNet-Lite")
-    add("--width", type=positive, default=256, help="principal components, and decoder width")
-    add("--layers", type=positive, default=3, help="of the decoder")
-    add("--heads", type=positive, default=4, help="of its attentions")
-    add("--dropout", type=float, default=0.3, help="in the decoder, 0 to 1")
-    add("--min-count", type=positive, default=5, help="rarer words become unknown")
-    add("--views", type=positive, default=4,
-        help="of each image: as it is, mirrored, and then pieces of these two")  # fmt: skip
-    add("--epochs", type=positive, default=10, help="passes over all captions")
-    add("--batch", type=positive, default=128, help="captions per update")
-    add("--learning-rate", type=float, default=1e-3, help="after its rise, before its fall")
-    add("--bfloat16", action="store_true", help="multiply in bfloat16")
-    add("--seed", type=int, default=0, help="of weights, order and dropout")
     add("--device", help="such as cpu or cuda (default: cuda where there is one)")
+    add_settings(parser, LiteSettings)
+    add_settings(parser, CaptionerSettings)
 
 
 def _add_caption(commands: Any) -> None:
@@ -230,32 +225,25 @@ def _add_demo(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("rbm-caption-demo"), help="new folder for all of it")
-    add("--scenes", type=positive, default=1500, help="to draw; a fifth is held out")
-    add("--epochs", type=positive, default=15, help="of the captioner's training")
-    add("--seed", type=int, default=0, help="of everything")
+    add_settings(parser, DemoSettings)
 
 
 def _train(arguments: argparse.Namespace) -> int:
     from .features import cached_features, cached_vision_model
     from .files import require_new_folder, save_captioner
     from .lite_blip import lite_blip, lite_processor, word_tokenizer
-    from .train_lite import CaptionerSettings, caption_losses, train_captioner
+    from .train_lite import caption_losses, train_captioner
 
     # All that can be wrong shows before the features and the training, which take their time.
     out = arguments.out
     require_new_folder(out)
     device = device_of(arguments.device)
-    settings = CaptionerSettings(
-        epochs=arguments.epochs,
-        batch=arguments.batch,
-        learning_rate=arguments.learning_rate,
-        seed=arguments.seed,
-        bfloat16=arguments.bfloat16,
-    )
+    lite = settings_from(arguments, LiteSettings)
+    settings = settings_from(arguments, CaptionerSettings)
     data = _captioned_images(arguments, arguments.split)
     validation = arguments.validation and _captioned_images(arguments, arguments.validation)
     captions = [caption for texts in data.captions for caption in texts]
-    tokenizer = word_tokenizer(captions, arguments.min_count)
+    tokenizer = word_tokenizer(captions, lite.min_count)
     print(
         f"{arguments.data}: {len(data):,} images with {len(captions):,} captions, "
         f"{len(tokenizer):,} words and marks"
@@ -263,13 +251,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     cache = arguments.cache or out.with_name(f"{out.name}-features")
-    processor = lite_processor(tokenizer, arguments.variant)
+    processor = lite_processor(tokenizer, lite.variant)
     vision_model = cached_vision_model(
         data.paths,
         processor,
         cache,
-        variant=arguments.variant,
-        width=arguments.width,
+        variant=lite.variant,
+        width=lite.width,
         progress=show_progress(),
     ).to(device)
 
@@ -283,7 +271,7 @@ def _train(arguments: argparse.Namespace) -> int:
             progress=show_progress(),
         )
 
-    features = [features_of(data, arguments.split, view) for view in range(arguments.views)]
+    features = [features_of(data, arguments.split, view) for view in range(lite.views)]
     held_out = features_of(validation, arguments.validation) if validation else None
     print(f"features in {cache}: {seconds_since(started)}")
 
@@ -291,10 +279,10 @@ def _train(arguments: argparse.Namespace) -> int:
     model = lite_blip(
         vision_model,
         tokenizer,
-        layers=arguments.layers,
-        heads=arguments.heads,
-        dropout=arguments.dropout,
-        seed=arguments.seed,
+        layers=lite.layers,
+        heads=lite.heads,
+        dropout=lite.dropout,
+        seed=settings.seed,
     ).to(device)
     losses: list[float] = []
 
@@ -358,9 +346,9 @@ def _caption(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from .demo import DemoSettings, run_demo, table
+    from .demo import run_demo, table
 
-    settings = DemoSettings(scenes=arguments.scenes, epochs=arguments.epochs, seed=arguments.seed)
+    settings = settings_from(arguments, DemoSettings)
     started = time.perf_counter()
     rows = run_demo(arguments.out, settings, say=_print_above_bars, progress=show_progress())
     print(f"\nper cent of what is said of scenes that chose nothing, {seconds_since(started)}")
@@ -549,10 +537,11 @@ def _add_lstm(commands: Any) -> None:
     add("data", metavar="DATA.json", type=Path, help="captions in COCO's or in Karpathy's format")
     add("features", metavar="FOLDER", type=Path, help="folder with the caches train and val")
     add("--out", type=Path, required=True, help="folder of the model and figures")
-    add("--epochs", type=positive, default=10, help="passes over all captions")
     add("--dropout", type=float, default=0.5, help="in the decoder, 0 to 1")
     add("--beams", type=positive, default=5, help="width of the beam search")
+    add("--vectors", default="glove", help="of words: glove, or a file such as vectors.txt or .bin")
     add("--resume", action="store_true", help="go on with the run in OUT")
+    add_settings(parser, LSTMSettings)
 
 
 def _lstm(arguments: argparse.Namespace) -> int:
@@ -562,9 +551,10 @@ def _lstm(arguments: argparse.Namespace) -> int:
         arguments.data,
         arguments.features,
         arguments.out,
-        epochs=arguments.epochs,
+        settings_from(arguments, LSTMSettings),
         dropout=arguments.dropout,
         beams=arguments.beams,
+        vectors=arguments.vectors,
         resume=arguments.resume,
     )
     return 0

@@ -33,42 +33,12 @@ from .lite_blip import LiteBlipForConditionalGeneration, lite_blip, lite_process
 from .metrics import candidate_ciders, evaluate
 from .report import CaptionedPicture, caption_page, drift
 from .scenes import CaptionCheck, Scene, accuracy, check_caption, load_scenes, make_scenes
-from .train_lite import CaptionerSettings, caption_losses, train_captioner
+from .settings import CaptionerSettings, DemoSettings
+from .train_lite import caption_losses, train_captioner
 
-_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5)  # values of tanh(gate) to choose from
+_STRENGTHS = (0.05, 0.1, 0.2, 0.35, 0.5)  # to choose from
 _KINDS = ("object", "colour", "size", "position", "relation")
-_MOST_TOKENS = 26  # Three objects with sizes and two relations take 19 words and two marks.
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """How large the demonstration is.
-
-    Attributes:
-        scenes: How many are drawn, at least 10.
-        held_out: The share of them that the captioner is not trained on.
-        pixels: Side of a picture; a multiple of 32, the encoder's stride.
-        width: Principal components, and the decoder's width.
-        epochs: Passes over the captions.
-        hidden: Hidden units of either RBM.
-        beams: Width of the beam search, and length of the lists that are re-ranked.
-        shown: Scenes on a page.
-        seed: Of everything.
-    """
-
-    scenes: int = 1500
-    held_out: float = 0.2
-    pixels: int = 128
-    width: int = 128
-    epochs: int = 15
-    hidden: int = 256
-    beams: int = 5
-    shown: int = 24
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.scenes < 10:
-            raise ValueError(f"DemoSettings: scenes must be at least 10, got {self.scenes}")
+_MAX_LENGTH = 26  # Three objects with sizes and two relations take 19 words and two marks.
 
 
 @dataclass(frozen=True)
@@ -107,7 +77,7 @@ class _Trained:
             features,
             beams=n,
             n=n,
-            max_length=_MOST_TOKENS,
+            max_length=_MAX_LENGTH,
             progress=progress,
         )
 
@@ -133,7 +103,7 @@ class _Unseen:
 
 def run_demo(
     folder: str | os.PathLike[str],
-    settings: DemoSettings = DemoSettings(),
+    settings: DemoSettings,
     *,
     say: Callable[[str], None] = print,
     progress: bool = True,
@@ -227,7 +197,11 @@ def _train(
         [features],
         known.captions,
         CaptionerSettings(
-            epochs=settings.epochs, batch=64, learning_rate=2e-3, average=0.99, seed=settings.seed
+            epochs=settings.epochs,
+            batch_size=64,
+            learning_rate=2e-3,
+            ema_decay=0.99,
+            seed=settings.seed,
         ),
         on_epoch=lambda _, loss: losses.append(loss),
         progress=progress,
@@ -297,7 +271,7 @@ def _insert_rbm(trained: _Trained, fitted: GatedResidual, unseen: _Unseen) -> fl
         )
         return float(nats.sum() / tokens.sum())
 
-    best = min(_SHARES, key=loss)
+    best = min(_STRENGTHS, key=loss)
     residual.set_strength(best)
     return best
 

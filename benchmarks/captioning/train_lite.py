@@ -1,7 +1,8 @@
+"""Training of the small captioner's decoder on cached features, and the loss of captions."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from transformers import (
 
 from .features import FeatureCache
 from .lite_blip import LiteBlipForConditionalGeneration
+from .settings import CaptionerSettings
 
 
 def caption_labels(
-    tokenizer: PreTrainedTokenizerFast, captions: Sequence[str], most_tokens: int = 32
+    tokenizer: PreTrainedTokenizerFast, captions: Sequence[str], max_length: int = 32
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, attention mask and labels of captions, each int64 [N, T].
 
@@ -30,7 +32,7 @@ def caption_labels(
         list(captions),
         padding=True,
         truncation=True,
-        max_length=most_tokens,
+        max_length=max_length,
         return_tensors="pt",
         return_token_type_ids=False,
     )
@@ -38,40 +40,12 @@ def caption_labels(
     return ids, mask, ids.masked_fill(mask == 0, -100)
 
 
-@dataclass(frozen=True)
-class CaptionerSettings:
-    """How :func:`train_captioner` trains.
-
-    Attributes:
-        epochs: Passes over all captions.
-        batch: Captions per update.
-        learning_rate: Of AdamW, after a linear warm-up and before a cosine to zero.
-        warmup: Share of the updates in which it rises.
-        weight_decay: On matrices, not on biases and norms.
-        token_dropout: Share of the image's tokens that an update leaves out, never the first.
-        average: Decay of the exponential moving average of the weights, which is what is kept; less
-            in the first updates, so that the initial weights are soon forgotten.
-        seed: Of the order of the data and of dropout.
-        bfloat16: Multiply in bf16 where that is safe (torch.autocast).
-    """
-
-    epochs: int = 10
-    batch: int = 128
-    learning_rate: float = 1e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.05
-    token_dropout: float = 0.5
-    average: float = 0.999
-    seed: int = 0
-    bfloat16: bool = False
-
-
 def train_captioner(
     model: LiteBlipForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     features: Sequence[FeatureCache],
     captions: Sequence[Sequence[str]],
-    settings: CaptionerSettings = CaptionerSettings(),
+    settings: CaptionerSettings,
     *,
     on_epoch: Callable[[int, float], None] | None = None,
     progress: bool = True,
@@ -104,7 +78,7 @@ def train_captioner(
     ids, mask, labels = caption_labels(tokenizer, [text for texts in captions for text in texts])
     lengths = mask.sum(1)
     decoder = model.text_decoder
-    average = AveragedModel(decoder, avg_fn=_moving_average(settings.average))
+    average = AveragedModel(decoder, avg_fn=_moving_average(settings.ema_decay))
     groups: list[dict[str, Any]] = [
         {"params": [p for p in decoder.parameters() if p.dim() > 1]},
         {"params": [p for p in decoder.parameters() if p.dim() <= 1], "weight_decay": 0.0},
@@ -112,7 +86,7 @@ def train_captioner(
     optimizer = torch.optim.AdamW(
         groups, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
-    updates = settings.epochs * -(-len(ids) // settings.batch)
+    updates = settings.epochs * -(-len(ids) // settings.batch_size)
     warmup = round(settings.warmup * updates)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, updates)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -122,7 +96,7 @@ def train_captioner(
         torch.manual_seed(settings.seed)
         for epoch in range(settings.epochs):
             total = 0.0
-            batches = _batches_of_equal_length(lengths, settings.batch, generator)
+            batches = _batches_of_equal_length(lengths, settings.batch_size, generator)
             for rows in batches:
                 longest = int(lengths[rows].max())
                 version = int(torch.randint(len(features), (), generator=generator))

@@ -30,7 +30,7 @@ from blip_integration.modeling import apply_rbm_to_blip, load_captioner
 from rbm_kernels import RBM
 
 SHORT = ["--variant", "0", "--width", "16", "--layers", "1", "--heads", "2", "--min-count", "1"]
-SHORT += ["--epochs", "2", "--batch", "8"]
+SHORT += ["--epochs", "2", "--batch-size", "8"]
 
 
 @pytest.fixture(scope="module")

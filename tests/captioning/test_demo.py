@@ -14,8 +14,9 @@ pytest.importorskip("pycocoevalcap")
 from benchmarks.captioning import cli, demo
 from benchmarks.captioning import lite_blip as captioner
 from benchmarks.captioning.data import load_captions
-from benchmarks.captioning.demo import DemoRow, DemoSettings, run_demo, table
+from benchmarks.captioning.demo import DemoRow, run_demo, table
 from benchmarks.captioning.scenes import check_caption, load_scenes
+from benchmarks.captioning.settings import DemoSettings
 from blip_integration.captions import Candidates
 from blip_integration.gated_residual import GatedResidual
 from blip_integration.modeling import load_captioner

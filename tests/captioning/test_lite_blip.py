@@ -30,8 +30,8 @@ from benchmarks.captioning.lite_blip import (
     lite_vision_model,
     word_tokenizer,
 )
+from benchmarks.captioning.settings import CaptionerSettings
 from benchmarks.captioning.train_lite import (
-    CaptionerSettings,
     caption_labels,
     caption_losses,
     train_captioner,
@@ -97,7 +97,7 @@ def trained(vision, tokenizer, tmp_path_factory):
     untrained = lite_blip(vision, tokenizer, layers=1, heads=2, dropout=0.0)
     history: list[tuple[int, float]] = []
     captions = [[SAYINGS[i]] for i in rows]
-    settings = CaptionerSettings(epochs=30, batch=8, learning_rate=5e-3, average=0.9)
+    settings = CaptionerSettings(epochs=30, batch_size=8, learning_rate=5e-3, ema_decay=0.9)
     result = train_captioner(
         untrained,
         tokenizer,
@@ -265,7 +265,7 @@ def test_training_is_reproducible_and_leaves_the_global_generator(vision, tokeni
     for seed in (5, 5, 6):
         model = lite_blip(vision, tokenizer, layers=1, heads=2, dropout=0.2)
         before = torch.get_rng_state()
-        settings = CaptionerSettings(epochs=2, batch=5, seed=seed)
+        settings = CaptionerSettings(epochs=2, batch_size=5, seed=seed)
         train_captioner(model, tokenizer, caches, captions, settings, progress=False)
         assert torch.equal(torch.get_rng_state(), before)
         results.append(torch.cat([p.flatten() for p in model.text_decoder.parameters()]))
@@ -283,7 +283,7 @@ def test_both_versions_of_an_image_are_shown(vision, tokenizer, tmp_path, monkey
         return forward(**inputs)
 
     monkeypatch.setattr(model.text_decoder, "forward", watched)
-    settings = CaptionerSettings(epochs=8, batch=4)
+    settings = CaptionerSettings(epochs=8, batch_size=4)
     captions = [[text] for text in SAYINGS]
     train_captioner(model, tokenizer, caches, captions, settings, progress=False)
     assert seen == {0.0, 1.0}
@@ -292,7 +292,7 @@ def test_both_versions_of_an_image_are_shown(vision, tokenizer, tmp_path, monkey
 def test_training_wants_captions_for_each_image(model, tokenizer, tmp_path):
     cache = cache_of(features_saying(torch.tensor([0, 1])), tmp_path)
     with pytest.raises(ValueError, match="a list for each of 2 images, got 1"):
-        train_captioner(model, tokenizer, [cache], [["two dogs"]])
+        train_captioner(model, tokenizer, [cache], [["two dogs"]], CaptionerSettings())
 
 
 def test_losses_are_those_of_the_tokens_one_by_one(model, tokenizer):

@@ -31,8 +31,9 @@ from benchmarks.captioning.lstm.show_attend_tell import (
     open_encoder,
     write_captions,
 )
-from benchmarks.captioning.lstm.training import AttendSettings, train_attention_captioner
-from benchmarks.captioning.lstm.word_vectors import initialise_embedding, read_word_vectors
+from benchmarks.captioning.lstm.training import train_attention_captioner
+from benchmarks.captioning.lstm.word_vectors import initialize_embedding, read_word_vectors
+from benchmarks.captioning.settings import LSTMSettings
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 
@@ -226,7 +227,7 @@ def test_an_image_is_captioned_alike_alone_and_in_a_batch():
 def test_overfitted_scenes_are_recited(tokenizer, tmp_path):
     maps, captions = drawn_scenes()
     model = scene_model(tokenizer)
-    settings = AttendSettings(epochs=70, batch_size=3, learning_rate=1e-2, step_epochs=50)
+    settings = LSTMSettings(epochs=70, batch_size=3, learning_rate=1e-2, step_epochs=50)
     history = train_attention_captioner(
         model, tokenizer, maps, [[c] for c in captions], settings, folder=tmp_path, progress=False
     )
@@ -247,7 +248,7 @@ def test_overfitted_scenes_are_recited(tokenizer, tmp_path):
 
 def test_learning_rate_falls_in_steps_and_the_history_says_so(tokenizer):
     maps, captions = drawn_scenes()
-    settings = AttendSettings(epochs=5, batch_size=4, step_epochs=2, gamma=0.1)
+    settings = LSTMSettings(epochs=5, batch_size=4, step_epochs=2, gamma=0.1)
     history = train_attention_captioner(
         scene_model(tokenizer), tokenizer, maps, [[c] for c in captions], settings, progress=False
     )
@@ -269,7 +270,7 @@ def test_the_weights_of_the_best_validation_loss_are_kept(tokenizer, tmp_path):
     lists = [[c] for c in captions]
     # A large rate makes the validation loss rise soon.
     history = train_attention_captioner(
-        model, tokenizer, maps[:3], lists[:3], AttendSettings(epochs=12, learning_rate=0.05),
+        model, tokenizer, maps[:3], lists[:3], LSTMSettings(epochs=12, learning_rate=0.05),
         val_features=maps[3:], val_captions=lists[3:], folder=tmp_path, progress=False,
     )  # fmt: skip
     losses = [epoch["val_loss"] for epoch in history.epochs]
@@ -287,7 +288,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tokenizer, tmp_path, epochs
 
     def train(epochs: int, seed: int, **options) -> tuple[AttentionCaptioner, list[float]]:
         model = scene_model(tokenizer, dropout=0.3, seed=seed)
-        settings = AttendSettings(epochs=epochs, batch_size=5, step_epochs=2, learning_rate=0.02)
+        settings = LSTMSettings(epochs=epochs, batch_size=5, step_epochs=2, learning_rate=0.02)
         history = train_attention_captioner(
             model, tokenizer, maps, lists, settings, progress=False,
             val_features=maps[:2], val_captions=lists[:2], **options,
@@ -308,7 +309,7 @@ def test_seeds_decide_and_the_global_generator_stays(tokenizer):
 
     def weights(seed: int) -> Tensor:
         model = scene_model(tokenizer, dropout=0.2)
-        settings = AttendSettings(epochs=1, batch_size=2, seed=seed)
+        settings = LSTMSettings(epochs=1, batch_size=2, seed=seed)
         train_attention_captioner(
             model, tokenizer, maps, [[c] for c in captions], settings, progress=False
         )
@@ -327,7 +328,7 @@ def test_training_says_what_is_wrong_before_it_changes_anything(tokenizer, tmp_p
     before = model.output.weight.detach().clone()
 
     def train(*data, seed: int = 0, **options) -> None:
-        settings = AttendSettings(epochs=1, seed=seed)
+        settings = LSTMSettings(epochs=1, seed=seed)
         train_attention_captioner(model, tokenizer, *data, settings, progress=False, **options)
 
     with pytest.raises(ValueError, match="captions must have a list .* 6 images, got 5"):
@@ -352,9 +353,9 @@ def test_training_says_what_is_wrong_before_it_changes_anything(tokenizer, tmp_p
     train(maps, lists, folder=tmp_path)
     with pytest.raises(ValueError, match="resume needs the settings"):
         train(maps, lists, seed=1, folder=tmp_path, resume=True)
-    for bad in ({"epochs": 0}, {"gamma": 0.0}, {"learning_rate": math.inf}, {"most_tokens": 2}):
+    for bad in ({"epochs": 0}, {"gamma": 0.0}, {"learning_rate": math.inf}, {"max_length": 2}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            AttendSettings(**bad)
+            LSTMSettings(**bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -461,7 +462,7 @@ def test_features_may_come_from_a_cache(resnet_folder, tokenizer, tmp_path):
     model = AttentionCaptioner.for_tokenizer(tokenizer, 20, hidden_size=8, encoder="resnet")
     captions = [scenes.true_captions(scene)[:2] for scene in drawn]
     history = train_attention_captioner(
-        model, tokenizer, cache, captions, AttendSettings(epochs=1), progress=False
+        model, tokenizer, cache, captions, LSTMSettings(epochs=1), progress=False
     )
     assert len(history.losses) == 1
     from_cache = write_captions(model, tokenizer, cache)
@@ -572,20 +573,20 @@ def test_embedding_starts_from_the_vectors(tokenizer):
     words = tokenizer.get_vocab()
     known = [word for word in words if word not in tokenizer.all_special_tokens and word != "a"]
     vectors = {word: torch.randn(5) + 3 for word in [*known, "elsewhere"]}
-    missing = initialise_embedding(model.embedding, tokenizer, vectors, seed=1)
+    missing = initialize_embedding(model.embedding, tokenizer, vectors, seed=1)
     assert missing == ["[PAD]", "[UNK]", "[DEC]", "[SEP]", "a"]
     weight = model.embedding.weight
     for word in known:
         assert torch.equal(weight[words[word]], vectors[word])
     drawn = weight.detach()[[words[word] for word in missing]].clone()
     assert (drawn.mean() - 3).abs() < 0.7 and (drawn.std() - 1).abs() < 0.6
-    initialise_embedding(model.embedding, tokenizer, vectors, seed=2)
+    initialize_embedding(model.embedding, tokenizer, vectors, seed=2)
     assert not torch.equal(drawn, weight[[words[word] for word in missing]])
     assert weight.requires_grad
 
     before = weight.detach().clone()
     with pytest.raises(ValueError, match=r"vectors must be \[E\] = \[5\], got \[\(4,\)\]"):
-        initialise_embedding(model.embedding, tokenizer, {"a": torch.ones(4)})
+        initialize_embedding(model.embedding, tokenizer, {"a": torch.ones(4)})
     with pytest.raises(ValueError, match="got none of them among 1"):
-        initialise_embedding(model.embedding, tokenizer, {"x": torch.ones(5)})
+        initialize_embedding(model.embedding, tokenizer, {"x": torch.ones(5)})
     assert torch.equal(weight, before)

@@ -16,13 +16,22 @@ from ..data import load_captions
 from ..features import FeatureCache
 from ..lite_blip import word_tokenizer
 from ..metrics import evaluate
+from ..settings import LSTMSettings
 from .show_attend_tell import AttentionCaptioner
-from .training import AttendSettings, train_attention_captioner
-from .word_vectors import initialise_embedding, read_word_vectors
+from .training import train_attention_captioner
+from .word_vectors import initialize_embedding, read_word_vectors
 
 
 def train_and_score(
-    data: Path, caches: Path, out: Path, *, epochs: int, dropout: float, beams: int, resume: bool
+    data: Path,
+    caches: Path,
+    out: Path,
+    settings: LSTMSettings,
+    *,
+    dropout: float,
+    beams: int,
+    vectors: str,
+    resume: bool,
 ) -> None:
     """Train, caption and score; one half of the held-out images decides which epoch is kept.
 
@@ -39,20 +48,20 @@ def train_and_score(
     features = FeatureCache(caches / "train")
     val_features = FeatureCache(caches / "val")
     tokenizer = word_tokenizer(text for texts in train for text in texts)
-    vectors = read_word_vectors("glove", tokenizer.get_vocab())
+    known = read_word_vectors(vectors, tokenizer.get_vocab())
     model = AttentionCaptioner.for_tokenizer(
         tokenizer,
         features.shape[-1],
-        embedding_size=len(next(iter(vectors.values()))),
+        embedding_size=len(next(iter(known.values()))),
         dropout=dropout,
     )
-    initialise_embedding(model.embedding, tokenizer, vectors)
+    initialize_embedding(model.embedding, tokenizer, known)
     history = train_attention_captioner(
         model,
         tokenizer,
         features,
         train,
-        AttendSettings(epochs=epochs),
+        settings,
         val_features=val_features[::2],
         val_captions=val[::2],
         folder=out,
@@ -75,7 +84,7 @@ def train_and_score(
     content = {
         "parameters": parameters,
         "words": len(tokenizer),
-        "word_vectors": len(vectors),
+        "word_vectors": len(known),
         "scores": scores,
         "losses": table,
         "epochs": history.epochs,

@@ -19,52 +19,12 @@ from tqdm import tqdm
 from rbm_kernels.training import write_atomically
 
 from ..features import FeatureCache
+from ..settings import LSTMSettings
 from ..train_lite import caption_labels
 from .show_attend_tell import AttentionCaptioner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True)
-class AttendSettings:
-    """What decides the course of a training run.
-
-    Attributes:
-        epochs: Passes over the captions.
-        batch_size: Captions per update.
-        learning_rate: Of Adam, in the first epochs.
-        step_epochs: After every so many epochs the learning rate is multiplied by ``gamma``
-            (StepLR).
-        gamma: See ``step_epochs``.
-        most_tokens: Longer captions are cut.
-        seed: Governs the order of the captions and the dropout.
-    """
-
-    epochs: int = 15
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    step_epochs: int = 5
-    gamma: float = 0.5
-    most_tokens: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("step_epochs", 1),
-            ("most_tokens", 3),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"AttendSettings: {name} must be at least {least}, got {getattr(self, name)}"
-                )
-        for name in ("learning_rate", "gamma"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"AttendSettings: {name} must be positive, got {getattr(self, name)}"
-                )
 
 
 @dataclass
@@ -98,7 +58,7 @@ def train_attention_captioner(
     tokenizer: PreTrainedTokenizerFast,
     features: Tensor | FeatureCache,
     captions: Sequence[Sequence[str]],
-    settings: AttendSettings = AttendSettings(),
+    settings: LSTMSettings,
     *,
     val_features: Tensor | FeatureCache | None = None,
     val_captions: Sequence[Sequence[str]] | None = None,
@@ -118,7 +78,7 @@ def train_attention_captioner(
         tokenizer: The one the model was made for.
         features: [N, L, C], a tensor or a cache.
         captions: For each of the N images its captions.
-        settings: See :class:`AttendSettings`.
+        settings: See :class:`LSTMSettings`.
         val_features: As ``features``, of other images.
         val_captions: As ``captions``, of those.
         folder: Where to keep the model; made where it is missing.
@@ -135,10 +95,10 @@ def train_attention_captioner(
         FileNotFoundError: ``resume``, and the folder holds no run.
         FloatingPointError: The loss became infinite or NaN.
     """
-    data = _pairs("captions", tokenizer, features, captions, settings.most_tokens)
+    data = _pairs("captions", tokenizer, features, captions, settings.max_length)
     val = None
     if val_features is not None and val_captions is not None:
-        val = _pairs("val_captions", tokenizer, val_features, val_captions, settings.most_tokens)
+        val = _pairs("val_captions", tokenizer, val_features, val_captions, settings.max_length)
     elif val_features is not None or val_captions is not None:
         raise ValueError(
             "train_attention_captioner: val_features and val_captions must be given together, "
@@ -203,7 +163,7 @@ def _pairs(
     tokenizer: PreTrainedTokenizerFast,
     features: Tensor | FeatureCache,
     captions: Sequence[Sequence[str]],
-    most_tokens: int,
+    max_length: int,
 ) -> _Pairs:
     if len(captions) != len(features):
         raise ValueError(
@@ -214,7 +174,7 @@ def _pairs(
     texts = [text for of_image in captions for text in of_image]
     if not texts:
         raise ValueError(f"train_attention_captioner: {name} must hold a caption or more, got none")
-    tokens, mask, _ = caption_labels(tokenizer, texts, most_tokens)
+    tokens, mask, _ = caption_labels(tokenizer, texts, max_length)
     lengths = mask.sum(1)
     if int(lengths.min()) <= 2:
         number = int(lengths.argmin())
@@ -232,7 +192,7 @@ class _Run:
     model: AttentionCaptioner
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.StepLR
-    settings: AttendSettings
+    settings: LSTMSettings
     history: History
     best: dict[str, Tensor]
 

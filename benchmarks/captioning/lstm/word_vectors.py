@@ -76,7 +76,7 @@ def read_word_vectors(
         raise ValueError(f"read_word_vectors: {path} is no whole gzip file ({error})") from error
 
 
-def initialise_embedding(
+def initialize_embedding(
     embedding: nn.Embedding,
     tokenizer: PreTrainedTokenizerBase,
     vectors: Mapping[str, Tensor],
@@ -105,13 +105,13 @@ def initialise_embedding(
     known = [token for token in tokens if token in vectors]
     if not known:
         raise ValueError(
-            f"initialise_embedding: vectors must have some of the {len(tokens)} words, "
+            f"initialize_embedding: vectors must have some of the {len(tokens)} words, "
             f"got none of them among {len(vectors)}"
         )
     sizes = {tuple(vectors[word].shape) for word in known}
     if sizes != {(weight.shape[1],)}:
         raise ValueError(
-            f"initialise_embedding: vectors must be [E] = [{weight.shape[1]}], got {sorted(sizes)}"
+            f"initialize_embedding: vectors must be [E] = [{weight.shape[1]}], got {sorted(sizes)}"
         )
     std, mean = torch.std_mean(torch.stack([vectors[word] for word in known]), 0, correction=0)
     generator = torch.Generator().manual_seed(seed)
