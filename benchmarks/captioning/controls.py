@@ -28,7 +28,7 @@ class ShrinkToMean(nn.Module):
         self.n_visible, self.n_hidden = n_visible, n_hidden
 
     def forward(self, z: Tensor) -> Tensor:
-        """[N, D] to zeros [N, D], which is where standardised features have their mean."""
+        """[N, D] to zeros [N, D], which is where standardized features have their mean."""
         return torch.zeros_like(z)
 
 
@@ -60,7 +60,7 @@ class TiedAutoencoder(nn.Module):
 
     An RBM of as many hidden units has as many parameters. To be fitted as a denoising autoencoder
     (Vincent et al., "Extracting and composing robust features with denoising autoencoders", ICML
-    2008) by :func:`.controls.fit_denoising_autoencoder`.
+    2008) by ``fit_denoising_autoencoder``.
     """
 
     def __init__(self, n_visible: int, n_hidden: int) -> None:
@@ -124,7 +124,7 @@ def fit_random_rbm(stream: TokenStream, rbm: RBM, *, seed: int = 0) -> GatedResi
     Args:
         stream: The tokens.
         rbm: A fitted Gaussian RBM, which is copied.
-        seed: Of the order.
+        seed: Seed of the order.
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = RBM(rbm.n_visible, rbm.n_hidden, rbm.visible, dtype=rbm.W.dtype)
@@ -137,7 +137,7 @@ def fit_random_rbm(stream: TokenStream, rbm: RBM, *, seed: int = 0) -> GatedResi
 
 
 def fit_pca(stream: TokenStream, n_components: int) -> GatedResidual:
-    """The leading principal components of the standardised tokens, from one pass over them.
+    """The leading principal components of the standardized tokens, from one pass over them.
 
     Args:
         stream: The tokens; those of held-out images are left out.
@@ -177,7 +177,7 @@ def fit_denoising_autoencoder(
     Args:
         stream: The tokens.
         n_hidden: Hidden units H.
-        schedule: How long and how fast.
+        schedule: How long and how fast to train.
         noise: Standard deviation of the Gaussian noise, in standard deviations of the features.
         device: Where to compute.
         progress: Show a progress bar.
@@ -206,9 +206,9 @@ def fit_linear_adapter(
 
     Args:
         stream: The tokens.
-        rank: Of the adapter; H / 2 makes as many weights as an RBM of H hidden units has.
-        schedule: How long and how fast.
-        noise: As in :func:`fit_denoising_autoencoder`.
+        rank: Rank of the adapter; H / 2 makes as many weights as an RBM of H hidden units has.
+        schedule: How long and how fast to train.
+        noise: As in ``fit_denoising_autoencoder``.
         device: Where to compute.
         progress: Show a progress bar.
 

@@ -20,9 +20,9 @@ class CaptionedImages:
     """Images and what people said of them; entry i of each list belongs to image i.
 
     Attributes:
-        ids: the data set's own identifiers, each once.
-        paths: the image files.
-        captions: at least one caption for each image, as written (see :func:`normalize_caption`).
+        ids: The data set's own identifiers, each once.
+        paths: The image files.
+        captions: At least one caption for each image, as written (see ``normalize_caption``).
     """
 
     ids: list[int | str]
@@ -33,7 +33,7 @@ class CaptionedImages:
         return len(self.ids)
 
     def first(self, count: int) -> CaptionedImages:
-        """The first `count` images (all of them where there are fewer)."""
+        """The first ``count`` images (all of them where there are fewer)."""
         return CaptionedImages(self.ids[:count], self.paths[:count], self.captions[:count])
 
 
@@ -44,27 +44,27 @@ def load_captions(
     *,
     require_images: bool = True,
 ) -> CaptionedImages:
-    """Read a caption file in COCO's format or in Karpathy's (`dataset_flickr8k.json` and its kin).
+    """Read a caption file in COCO's format or in Karpathy's (``dataset_flickr8k.json`` and so on).
 
-    COCO's has `images` (`id`, `file_name`, and here also `split`) and `annotations` (`image_id`,
-    `caption`; Chen et al. 2015, https://arxiv.org/abs/1504.00325). Karpathy's has `images` with
-    `sentences[].raw`, `split`, `filename` and an optional `filepath` (Karpathy and Fei-Fei 2015,
-    https://arxiv.org/abs/1412.2306).
+    COCO's has ``images`` (``id``, ``file_name``, and here also ``split``) and ``annotations``
+    (``image_id``, ``caption``; Chen et al. 2015, https://arxiv.org/abs/1504.00325). Karpathy's has
+    ``images`` with ``sentences[].raw``, ``split``, ``filename`` and an optional ``filepath``
+    (Karpathy and Fei-Fei 2015, https://arxiv.org/abs/1412.2306).
 
     Args:
-        path: the JSON file.
-        split: only the images of this split; "train" takes COCO's "restval" along, as is usual.
+        path: The JSON file.
+        split: Only the images of this split; "train" takes COCO's "restval" along, as is usual.
             None takes all images.
-        images: the folder that the file names are relative to; by default `images` beside the
+        images: The folder that the file names are relative to; by default ``images`` beside the
             file where that exists, else the file's own folder.
-        require_images: whether every image file must exist (captions alone serve the metrics).
+        require_images: Whether every image file must exist (captions alone serve the metrics).
 
     Returns:
         The images in the file's order.
 
     Raises:
-        FileNotFoundError: the file, or one of its images, is missing.
-        ValueError: the file is in neither format; no such split; an image without captions, an
+        FileNotFoundError: The file, or one of its images, is missing.
+        ValueError: The file is in neither format; no such split; an image without captions, an
             empty caption, an identifier that is unknown or comes twice.
     """
     file = Path(path)

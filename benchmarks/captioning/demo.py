@@ -37,7 +37,7 @@ from .settings import CaptionerSettings, DemoSettings
 from .train_lite import caption_losses, train_captioner
 
 _STRENGTHS = (0.05, 0.1, 0.2, 0.35, 0.5)  # to choose from
-_KINDS = ("object", "colour", "size", "position", "relation")
+_KINDS = ("object", "color", "size", "position", "relation")
 _MAX_LENGTH = 26  # Three objects with sizes and two relations take 19 words and two marks.
 
 
@@ -46,9 +46,9 @@ class DemoRow:
     """A line of the table.
 
     Attributes:
-        name: Of what wrote the captions.
+        name: What wrote the captions.
         correct: Share of the captions that say something, and nothing but what is true.
-        claims: Share of true claims by kind: "object", "colour", "size", "position", "relation",
+        claims: Share of true claims by kind: "object", "color", "size", "position", "relation",
             and "all" of them together.
         cider: CIDEr, 0 to 10.
     """
@@ -112,7 +112,7 @@ def run_demo(
 
     Args:
         folder: A new one, for scenes, captioner, RBM and pages; it appears when all is done.
-        settings: See :class:`DemoSettings`.
+        settings: See ``DemoSettings``.
         say: Called with a line now and then.
         progress: Show progress bars.
 
@@ -321,7 +321,7 @@ def _write_page(
     page = caption_page(
         pictures,
         title=f"Drawn scenes, {path.stem}",
-        note=f"After: {note}. Claims are what a caption says of objects, colours, sizes, places "
+        note=f"After: {note}. Claims are what a caption says of objects, colors, sizes, places "
         "and relations.",
         labels=("captioner", path.stem),
     )

@@ -28,7 +28,7 @@ class FeatureCache:
     """Features of images in a folder: ``features.npy`` [N, L, D] float16, read as it is needed.
 
     Args:
-        folder: Written by :func:`extract`.
+        folder: Written by ``extract``.
 
     Attributes:
         ids: What each row belongs to, in the order of the rows.
@@ -197,14 +197,14 @@ def cached_vision_model(
     width: int = 256,
     progress: bool = True,
 ) -> LiteVisionModel:
-    """The :func:`.lite_blip.lite_vision_model` of some images, made once and kept in a folder.
+    """The ``lite_vision_model`` of some images, made once and kept in a folder.
 
     Args:
         images: Image files; the principal components are those of 600 of them, spread evenly.
-        processor: From :func:`.lite_blip.lite_processor`, of the same variant.
+        processor: From ``lite_processor``, of the same variant.
         folder: Made where it is missing. A model in it serves again where the images (names,
             sizes, times of change), the variant and the width are the same.
-        variant: Of the EfficientNet-Lite, 0, 1 or 2.
+        variant: Which EfficientNet-Lite, 0, 1 or 2.
         width: How many components are kept.
         progress: Show a progress bar.
     """
@@ -236,9 +236,9 @@ def cached_features(
         vision_model: A captioner's; it computes where it is.
         images: Image files, one row each.
         processor: The captioner's.
-        folder: See :func:`.features.extract`; the cache in it serves again where the vision model
+        folder: See ``extract``; the cache in it serves again where the vision model
             and the images (names, sizes, times of change) are the same.
-        view: Of the images, see :func:`view_loader`.
+        view: Which view of the images, see ``view_loader``.
         progress: Show a progress bar.
     """
     return extract(

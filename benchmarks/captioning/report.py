@@ -1,6 +1,6 @@
 """Pictures of captions: what each word looked at, learning curves, a page of before and after.
 
-Figures are matplotlib's; :func:`rbm_kernels.plots.save` writes them as PNG files. The page is one
+Figures are matplotlib's; ``rbm_kernels.plots.save`` writes them as PNG files. The page is one
 HTML file without scripts or anything to load.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .lstm.training import History
 
-_INK, _BLUE, _RED, _GREY = "#1d2330", "#3056c4", "#c2512f", "#8b93a3"
+_INK, _BLUE, _RED, _GRAY = "#1d2330", "#3056c4", "#c2512f", "#8b93a3"
 # What is left of the light where a word did not look.
 _DIM = 0.22
 _JPEG_SIDE, _JPEG_QUALITY = 448, 82
@@ -147,12 +147,12 @@ def training_curves(history: History) -> Figure:
 def difference_chart(
     groups: Mapping[str, Mapping[str, tuple[float, float, float]]], label: str
 ) -> Figure:
-    """Differences with their intervals, one line each, those whose interval holds 0 in grey.
+    """Differences with their intervals, one line each, those whose interval holds 0 in gray.
 
     Args:
         groups: By the group's name, and then by the line's: value, low end, high end; drawn from
             above in this order.
-        label: Of the axis.
+        label: The label of the axis.
     """
     lines = [line for group in groups.values() for line in group.items()]
     figure = _figure(7.5, 0.9 + 0.26 * (len(lines) + 0.6 * len(groups)))
@@ -165,7 +165,7 @@ def difference_chart(
         )  # fmt: skip
         place += 0.9
         for value, low, high in members.values():
-            color = _GREY if low <= 0 <= high else _BLUE if value > 0 else _RED
+            color = _GRAY if low <= 0 <= high else _BLUE if value > 0 else _RED
             axes.plot([low, high], [place, place], color=color, lw=1.8)
             axes.plot([value], [place], color=color, marker="o", ms=4.5)
             ticks.append(place)
@@ -204,7 +204,7 @@ def drift(before: Tensor, after: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CaptionedPicture:
-    """What :func:`caption_page` shows of one picture.
+    """What ``caption_page`` shows of one picture.
 
     Attributes:
         name: Its heading.
@@ -212,10 +212,10 @@ class CaptionedPicture:
         before: A caption.
         after: The caption after a change to the captioner; None: there was none.
         references: What people wrote.
-        scores: Of each score its value for ``before`` and, where there is one, for ``after``.
+        scores: By name, the value for ``before`` and, where there is one, for ``after``.
         attention: [T, L], what each word of the last caption looked at.
         grid: (rows, columns) of the attention; None: it is square.
-        drift: Cosine between the image's features before and after, see :func:`drift`.
+        drift: Cosine between the image's features before and after, see ``drift``.
     """
 
     name: str
@@ -257,7 +257,7 @@ def caption_page(
         title: Heading of the page.
         note: A sentence below it.
         labels: What the captions before and after are called.
-        metrics: Of each metric over all pictures its value before and, where there is one, after.
+        metrics: By name, the value over all pictures before and, where there is one, after.
 
     Returns:
         The page; write it as UTF-8.

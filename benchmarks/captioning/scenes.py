@@ -6,7 +6,7 @@ A scene holds one to three plain shapes on white. Its captions come from a small
     a red circle left of a blue square | a red circle and a blue square
     a red circle above a blue square and left of a green star
 
-:func:`check_caption` reads any text, also a captioner's, and says which of its claims are true.
+``check_caption`` reads any text, also a captioner's, and says which of its claims are true.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from blip_integration.captions import normalize_caption
 
 SHAPES = ("circle", "square", "triangle", "star")
-COLOURS = {
+COLORS = {
     "red": (220, 40, 40),
     "green": (40, 160, 60),
     "blue": (40, 80, 220),
@@ -42,7 +42,7 @@ SIZES = {"small": 0.085, "large": 0.14}
 RELATIONS = ("left of", "right of", "above", "below")
 POSITIONS = ("on the left", "on the right", "at the top", "at the bottom", "in the middle")
 
-# Objects are put into different cells of a grid of 3 by 3, this far from the cell's centre at
+# Objects are put into different cells of a grid of 3 by 3, this far from the cell's center at
 # most: a large object stays inside its cell, so that objects of different columns never overlap
 # from left to right, and objects of the same column always do (rows likewise).
 _JITTER = 0.02
@@ -53,15 +53,15 @@ class Shape:
     """One object of a scene.
 
     Attributes:
-        shape: one of `SHAPES`.
-        colour: one of `COLOURS`.
-        size: one of `SIZES`.
-        x: the centre, from 0 (left) to 1 (right).
-        y: the centre, from 0 (top) to 1 (bottom).
+        shape: One of ``SHAPES``.
+        color: One of ``COLORS``.
+        size: One of ``SIZES``.
+        x: The center, from 0 (left) to 1 (right).
+        y: The center, from 0 (top) to 1 (bottom).
     """
 
     shape: str
-    colour: str
+    color: str
     size: str
     x: float
     y: float
@@ -69,7 +69,7 @@ class Shape:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("shape", self.shape, SHAPES),
-            ("colour", self.colour, tuple(COLOURS)),
+            ("color", self.color, tuple(COLORS)),
             ("size", self.size, tuple(SIZES)),
         ):
             if value not in known:
@@ -94,9 +94,9 @@ class Claim:
     """One thing that a caption says.
 
     Attributes:
-        kind: "object", "colour", "size", "position" or "relation".
-        text: the claim in words, such as "red circle left of blue square".
-        true: whether it holds in the scene.
+        kind: "object", "color", "size", "position" or "relation".
+        text: The claim in words, such as "red circle left of blue square".
+        true: Whether it holds in the scene.
     """
 
     kind: str
@@ -109,8 +109,8 @@ class CaptionCheck:
     """A caption's claims, and the words that are none.
 
     Attributes:
-        claims: of each phrase in turn, then positions, then relations.
-        unparsed: words that the grammar gives no meaning ("dog", or the "and" of a caption that
+        claims: The claims of each phrase in turn, then the positions, then the relations.
+        unparsed: Words that the grammar gives no meaning ("dog", or the "and" of a caption that
             breaks off).
     """
 
@@ -124,7 +124,7 @@ class CaptionCheck:
 
 
 def is_related(subject: Shape, relation: str, other: Shape) -> bool:
-    """Whether `subject` lies as a whole on that side of `other`.
+    """Whether ``subject`` lies as a whole on that side of ``other``.
 
     Example:
         >>> circle = Shape("circle", "red", "small", x=0.2, y=0.2)
@@ -145,7 +145,7 @@ def is_related(subject: Shape, relation: str, other: Shape) -> bool:
 
 
 def is_at(shape: Shape, position: str) -> bool:
-    """Whether the centre lies in that third of the picture (the middle: of both thirds)."""
+    """Whether the center lies in that third of the picture (the middle: of both thirds)."""
     if position == "on the left":
         return shape.x < 1 / 3
     if position == "on the right":
@@ -160,25 +160,25 @@ def is_at(shape: Shape, position: str) -> bool:
 
 
 def random_scene(generator: random.Random) -> Scene:
-    """One to three objects, no two of the same shape and colour, in different cells of the grid."""
+    """One to three objects, no two of the same shape and color, in different cells of the grid."""
     count = generator.choice((1, 2, 2, 3))
-    kinds = generator.sample(list(product(SHAPES, COLOURS)), count)
+    kinds = generator.sample(list(product(SHAPES, COLORS)), count)
     cells = generator.sample(list(product(range(3), range(3))), count)
     objects = [
         Shape(
             shape,
-            colour,
+            color,
             generator.choice(list(SIZES)),
             x=(column + 0.5) / 3 + generator.uniform(-_JITTER, _JITTER),
             y=(row + 0.5) / 3 + generator.uniform(-_JITTER, _JITTER),
         )
-        for (shape, colour), (column, row) in zip(kinds, cells, strict=True)
+        for (shape, color), (column, row) in zip(kinds, cells, strict=True)
     ]
     return Scene(tuple(objects))
 
 
 def draw_scene(scene: Scene, pixels: int = 128) -> Image.Image:
-    """The scene as an RGB picture of `pixels` by `pixels`, in flat colours on white."""
+    """The scene as an RGB picture of ``pixels`` by ``pixels``, in flat colors on white."""
     if pixels < 16:
         raise ValueError(f"draw_scene: pixels must be at least 16, got {pixels}")
     side = 4 * pixels  # Drawn large and averaged down: smooth edges.
@@ -186,7 +186,7 @@ def draw_scene(scene: Scene, pixels: int = 128) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for shape in scene.objects:
         corners = _outline(shape) * side
-        draw.polygon([(float(x), float(y)) for x, y in corners], fill=COLOURS[shape.colour])
+        draw.polygon([(float(x), float(y)) for x, y in corners], fill=COLORS[shape.color])
     return image.reduce(4)
 
 
@@ -195,7 +195,7 @@ def true_captions(scene: Scene) -> list[str]:
     captions = []
     for with_size in (False, True):
         names = {
-            shape: f"a {shape.size + ' ' if with_size else ''}{shape.colour} {shape.shape}"
+            shape: f"a {shape.size + ' ' if with_size else ''}{shape.color} {shape.shape}"
             for shape in scene.objects
         }
         for first, *rest in permutations(scene.objects):
@@ -215,12 +215,12 @@ def make_scenes(
     """Draw scenes into a folder: PNG files and a COCO caption file with the splits train and val.
 
     Args:
-        n: how many, at least 2.
-        folder: made where it is missing; files of an earlier call are replaced.
-        seed: the same seed gives the same scenes; fewer of them are the first ones of more.
-        captions: for each scene, different ones where it has so many.
-        held_out: the share that is val, in (0, 1): the last ones.
-        pixels: the side of a picture.
+        n: Number of scenes, at least 2.
+        folder: Made where it is missing; files of an earlier call are replaced.
+        seed: The same seed gives the same scenes; fewer of them are the first ones of more.
+        captions: For each scene, different ones where it has so many.
+        held_out: The share that is val, in (0, 1): the last ones.
+        pixels: The side of a picture.
 
     Returns:
         The caption file, for ``data.load_captions`` and ``load_scenes``.
@@ -253,7 +253,7 @@ def make_scenes(
 
 
 def load_scenes(path: str | os.PathLike[str]) -> dict[int, Scene]:
-    """The scenes behind the images of a caption file that :func:`make_scenes` wrote, by id."""
+    """The scenes behind the images of a caption file that ``make_scenes`` wrote, by id."""
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     scenes = {}
     for record in content["images"]:
@@ -270,16 +270,16 @@ def check_caption(scene: Scene, caption: str) -> CaptionCheck:
     """Say which claims of a caption are true of the scene.
 
     Each phrase ("a small red circle") is read as an object of the scene that has its shape or its
-    colour, different phrases as different objects, in the way that makes most claims true. Its
-    shape, colour, size, position and relations are then judged each by itself. "A above B and C"
+    color, different phrases as different objects, in the way that makes most claims true. Its
+    shape, color, size, position and relations are then judged each by itself. "A above B and C"
     relates A to B only; the second relation of "A above B and left of C" is A's too.
 
     Args:
-        scene: what the picture shows.
-        caption: any text; it is normalised first.
+        scene: What the picture shows.
+        caption: Any text; it is normalized first.
 
     Returns:
-        The claims and the words left over.
+        The claims, and the words that mean nothing where they stand.
 
     Example:
         >>> scene = Scene((Shape("circle", "red", "small", 0.2, 0.5),
@@ -303,7 +303,7 @@ def check_caption(scene: Scene, caption: str) -> CaptionCheck:
 
 
 def accuracy(checks: Iterable[CaptionCheck]) -> dict[str, float]:
-    """The share of true claims of each kind, and the share of captions that are `correct`.
+    """The share of true claims of each kind, and the share of captions that are ``correct``.
 
     Kinds that no caption claims are left out.
     """
@@ -318,11 +318,11 @@ def accuracy(checks: Iterable[CaptionCheck]) -> dict[str, float]:
 @dataclass(frozen=True)
 class _Phrase:
     size: str | None
-    colour: str | None
+    color: str | None
     shape: str
 
     def __str__(self) -> str:
-        return " ".join(word for word in (self.size, self.colour, self.shape) if word)
+        return " ".join(word for word in (self.size, self.color, self.shape) if word)
 
 
 @dataclass(frozen=True)
@@ -341,7 +341,7 @@ _TOKEN = re.compile(
     rf"""(?P<opening>^(?:there\ (?:is|are)|(?:an?\ )?(?:picture|photo)\ of)(?!\S))
     |(?P<phrase>(?:(?:an?|the|one)\ )?
         (?:(?P<size>{_any_of(SIZES)})\ )?
-        (?:(?P<colour>{_any_of(COLOURS)})\ )?
+        (?:(?P<color>{_any_of(COLORS)})\ )?
         (?P<shape>{_any_of(SHAPES)})(?!\S))
     |(?P<relation>(?:is\ )?(?:(?:to|on)\ the\ )?(?P<side>{_any_of(RELATIONS)})(?!\S))
     |(?P<position>(?:is\ )?(?P<place>{_any_of(POSITIONS)})(?!\S))
@@ -352,7 +352,11 @@ _TOKEN = re.compile(
 
 
 def _parse(text: str) -> _Parsed:
-    """Read from left to right; what does not fit where it stands is left over."""
+    """Read a caption from left to right.
+
+    A word that means something elsewhere but not where it stands, such as a relation before any
+    object, goes to ``unparsed``, as words do that mean nothing anywhere.
+    """
     parsed = _Parsed([], [], [], [])
     subject: int | None = None  # Of the relation that the last phrase has completed.
     relation: tuple[int, str] | None = None  # Subject and kind of one that waits for its phrase.
@@ -361,7 +365,7 @@ def _parse(text: str) -> _Parsed:
         kind, words = token.lastgroup, token.group()
         last = len(parsed.phrases) - 1
         if kind == "phrase":
-            parsed.phrases.append(_Phrase(token["size"], token["colour"], token["shape"]))
+            parsed.phrases.append(_Phrase(token["size"], token["color"], token["shape"]))
             if relation is not None:
                 parsed.relations.append((*relation, last + 1))
             subject = None if relation is None else relation[0]
@@ -384,7 +388,7 @@ def _parse(text: str) -> _Parsed:
 
 
 def _readings(scene: Scene, phrases: Sequence[_Phrase]) -> Iterator[list[Shape | None]]:
-    """All ways to take different phrases as different objects of their shape or their colour."""
+    """All ways to take different phrases as different objects of their shape or their color."""
     choices: list[list[int | None]] = [
         [None, *(i for i, phrase in enumerate(phrases) if _may_mean(phrase, shape))]
         for shape in scene.objects
@@ -399,7 +403,7 @@ def _readings(scene: Scene, phrases: Sequence[_Phrase]) -> Iterator[list[Shape |
 
 
 def _may_mean(phrase: _Phrase, shape: Shape) -> bool:
-    return phrase.shape == shape.shape or phrase.colour == shape.colour
+    return phrase.shape == shape.shape or phrase.color == shape.color
 
 
 def _judge(parsed: _Parsed, reading: Sequence[Shape | None]) -> list[Claim]:
@@ -409,11 +413,9 @@ def _judge(parsed: _Parsed, reading: Sequence[Shape | None]) -> list[Claim]:
         claims.append(
             Claim("object", phrase.shape, shape is not None and shape.shape == phrase.shape)
         )
-        if phrase.colour:
-            text = f"{phrase.colour} {phrase.shape}"
-            claims.append(
-                Claim("colour", text, shape is not None and shape.colour == phrase.colour)
-            )
+        if phrase.color:
+            text = f"{phrase.color} {phrase.shape}"
+            claims.append(Claim("color", text, shape is not None and shape.color == phrase.color))
         if phrase.size:
             claims.append(
                 Claim("size", str(phrase), shape is not None and shape.size == phrase.size)
@@ -461,5 +463,5 @@ def _outline(shape: Shape) -> np.ndarray:
     radius = np.full(corners, shape.radius)
     if shape.shape == "star":
         radius[1::2] *= 0.45
-    centre = np.array([shape.x, shape.y])
-    return centre + radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    center = np.array([shape.x, shape.y])
+    return center + radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)

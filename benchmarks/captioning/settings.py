@@ -120,7 +120,7 @@ class LSTMSettings:
         batch_size: Captions per update.
         learning_rate: Rate of Adam in the first epochs.
         step_epochs: After every so many epochs the rate is multiplied by gamma (StepLR).
-        gamma: See step_epochs.
+        gamma: What the rate is multiplied by.
         max_length: Longer captions are cut to so many tokens.
         seed: Seed of the order of the captions and of dropout.
 

@@ -53,12 +53,12 @@ def train_captioner(
     """Train the decoder on cached features; the vision model is frozen.
 
     Args:
-        model: From :func:`lite_blip`; changed in place.
+        model: From ``lite_blip``; changed in place.
         tokenizer: Its tokenizer.
         features: Caches of the same images in the same order, e.g. as they are and mirrored; each
             update is shown one of them at random.
-        captions: Those of each image.
-        settings: See :class:`CaptionerSettings`.
+        captions: What people wrote of each image.
+        settings: How to train.
         on_epoch: Called with the epoch (from 1) and its mean training loss, in nats a token.
         progress: Show a progress bar.
 

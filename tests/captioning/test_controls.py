@@ -30,7 +30,7 @@ WIDTH = 6
 
 
 def features(n: int = 400, length: int = 5) -> Tensor:
-    """Correlated Gaussian features [n, length, 6] that are neither centred nor scaled."""
+    """Correlated Gaussian features [n, length, 6] that are neither centered nor scaled."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(3, WIDTH, generator=generator)
     rows = torch.randn(n, length, 3, generator=generator) @ mixing

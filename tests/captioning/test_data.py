@@ -48,9 +48,9 @@ def write(folder: Path, content: object) -> Path:
     return file
 
 
-def picture(path: Path, mode: str = "RGB", colour: object = "red", **options: object) -> Path:
+def picture(path: Path, mode: str = "RGB", color: object = "red", **options: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, (6, 4), colour).save(path, **options)
+    Image.new(mode, (6, 4), color).save(path, **options)
     return path
 
 

@@ -35,7 +35,7 @@ def load(name: str) -> torch.Tensor:
 NAMES = [str(i) for i in range(7)]
 
 
-def test_folded_batch_normalisation_computes_the_same(monkeypatch):
+def test_folded_batch_normalization_computes_the_same(monkeypatch):
     package = pytest.importorskip("efficientnet_lite_pytorch")
     network = package.EfficientNet.from_name("efficientnet-lite0").eval()
     generator = torch.Generator().manual_seed(2)
@@ -92,12 +92,12 @@ def test_principal_components_are_those_of_a_singular_value_decomposition():
     x = gaussian(50, 4, 6) @ gaussian(6, 6, seed=1) + 3
     mean, components = principal_components(x.split(8), 3)
     rows = x.reshape(-1, 6).double()
-    centred = rows - rows.mean(0)
-    _, values, directions = torch.linalg.svd(centred, full_matrices=False)
+    centered = rows - rows.mean(0)
+    _, values, directions = torch.linalg.svd(centered, full_matrices=False)
     torch.testing.assert_close(mean.double(), rows.mean(0), rtol=1e-5, atol=1e-6)
     unit = components.double() / components.double().norm(dim=0)
     assert (unit * directions[:3].T).sum(0).abs().allclose(torch.ones(3).double(), atol=1e-5)
-    projected = centred @ components.double()
+    projected = centered @ components.double()
     variances = projected.pow(2).mean(0)
     # Uncorrelated, in falling order, and 1 on average.
     torch.testing.assert_close(

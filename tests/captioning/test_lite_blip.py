@@ -136,7 +136,7 @@ def test_the_encoder_stays_frozen(model):
 
 
 def test_the_vision_model_of_some_images(monkeypatch):
-    """Tokens of the very images are centred and of mean variance 1."""
+    """Tokens of the very images are centered and of mean variance 1."""
     from benchmarks.captioning import lite_blip as captioner
 
     real = captioner.LiteEncoder

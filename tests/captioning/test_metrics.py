@@ -143,7 +143,7 @@ def test_cider_of_lists():
     assert not np.allclose(cider_scores(candidates[5:9], references[5:9]), lists[5:9, 0])
 
 
-def test_cider_sees_normalised_words():
+def test_cider_sees_normalized_words():
     candidates, references = random_set(10)
     shouted = [f"{text.upper()} ." for text in candidates]
     assert torch.equal(cider_scores(shouted, references), cider_scores(candidates, references))

@@ -157,13 +157,13 @@ def test_a_chart_of_differences():
     places = axes.get_yticks()
     bars, points = axes.lines[:-1:2], axes.lines[1:-1:2]
     lines = [line for group in groups.values() for line in group.values()]
-    colours = set()
+    colors = set()
     for place, bar, point, (value, low, high) in zip(places, bars, points, lines, strict=True):
         assert [*bar.get_xdata(), *bar.get_ydata()] == [low, high, place, place]
         assert [*point.get_xdata(), *point.get_ydata()] == [value, place]
         assert bar.get_color() == point.get_color()
-        colours.add(bar.get_color())
-    assert len(colours) == 3
+        colors.add(bar.get_color())
+    assert len(colors) == 3
     bottom, top = axes.get_ylim()
     assert bottom > max(places) and top < min(places)  # from above
     figure.canvas.draw()
@@ -302,10 +302,10 @@ def test_scores_metrics_and_drift_are_told():
 
 
 def contrast(first: str, second: str) -> float:
-    """WCAG 2.2's contrast ratio of two colours, 1 to 21."""
+    """WCAG 2.2's contrast ratio of two colors, 1 to 21."""
 
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
@@ -318,11 +318,11 @@ def test_text_can_be_read_in_both_schemes(scheme):
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     template = Path(report.__file__).with_name("page.html").read_text()
     block = re.findall(r":root \{(.*?)\}", template, re.DOTALL)[scheme]
-    colour = dict(re.findall(r"--([\w-]+): (#\w{6})", block))
+    color = dict(re.findall(r"--([\w-]+): (#\w{6})", block))
     pairs = [
         ("ink", "ground"), ("quiet", "ground"), ("ink", "card"), ("quiet", "card"),
         ("accent", "card"), ("ink", "chip"), ("quiet", "chip"), ("came-ink", "came"),
         ("went-ink", "went"),
     ]  # fmt: skip
     for text, ground in pairs:
-        assert contrast(colour[text], colour[ground]) >= 4.5, (text, ground)
+        assert contrast(color[text], color[ground]) >= 4.5, (text, ground)

@@ -33,7 +33,7 @@ def test_random_scenes():
     drawn = some_scenes(300)
     assert {len(scene.objects) for scene in drawn} == {1, 2, 3}
     for scene in drawn:
-        assert len({(s.shape, s.colour) for s in scene.objects}) == len(scene.objects)
+        assert len({(s.shape, s.color) for s in scene.objects}) == len(scene.objects)
         for one, other in permutations(scene.objects, 2):
             columns = int(3 * other.x) - int(3 * one.x)
             rows = int(3 * other.y) - int(3 * one.y)
@@ -69,8 +69,8 @@ def test_true_captions_are_true():
 def test_every_caption_of_two_objects(seed):
     """All 24 x 24 x 5 sentences about two objects, against the scene's own facts."""
     scene = next(s for s in some_scenes(50, seed) if len(s.objects) == 2)
-    facts = {(s.shape, s.colour): s for s in scene.objects}
-    kinds = list(product(scenes.SHAPES, scenes.COLOURS))
+    facts = {(s.shape, s.color): s for s in scene.objects}
+    kinds = list(product(scenes.SHAPES, scenes.COLORS))
     correct = set()
     for one, other in product(kinds, kinds):
         present = one != other and one in facts and other in facts
@@ -207,7 +207,7 @@ def test_drawing(shape, size):
     drawn = Shape(shape, "blue", size, 0.5, 0.4)
     pixels = np.asarray(scenes.draw_scene(Scene((drawn,)), 200)).astype(int)
     assert pixels.shape == (200, 200, 3)
-    blue = (pixels == scenes.COLOURS["blue"]).all(-1)
+    blue = (pixels == scenes.COLORS["blue"]).all(-1)
     assert blue[80, 100]
     y, x = np.nonzero((pixels != 255).any(-1))
     radius = 200 * drawn.radius
@@ -219,13 +219,13 @@ def test_drawing(shape, size):
         "star": 10 * 0.45 * math.sin(math.pi / 5) / 2,
     }[shape]
     # A pixel on the edge is no longer quite blue, so that the ink is measured, not counted.
-    ink = ((255 - pixels[..., 0]) / (255 - scenes.COLOURS["blue"][0])).sum()
+    ink = ((255 - pixels[..., 0]) / (255 - scenes.COLORS["blue"][0])).sum()
     assert ink == pytest.approx(share * radius**2, rel=0.05)
 
 
-def test_all_colours_are_drawn():
-    for colour, rgb in scenes.COLOURS.items():
-        image = scenes.draw_scene(Scene((Shape("square", colour, "small", 0.25, 0.75),)), 64)
+def test_all_colors_are_drawn():
+    for color, rgb in scenes.COLORS.items():
+        image = scenes.draw_scene(Scene((Shape("square", color, "small", 0.25, 0.75),)), 64)
         assert image.getpixel((16, 48)) == rgb and image.getpixel((48, 16)) == (255, 255, 255)
 
 
@@ -242,7 +242,7 @@ def test_make_scenes(tmp_path):
         assert image.size == (32, 32)
         for shape in drawn[i].objects:
             seen = image.getpixel((int(32 * shape.x), int(32 * shape.y)))
-            assert seen == scenes.COLOURS[shape.colour]
+            assert seen == scenes.COLORS[shape.color]
 
 
 def test_scenes_are_reproducible(tmp_path):
@@ -268,13 +268,13 @@ def test_accuracy():
     assert scenes.accuracy(checks) == {
         "correct": 1 / 3,
         "object": 1.0,
-        "colour": 4 / 5,
+        "color": 4 / 5,
         "relation": 1 / 2,
     }
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match=r"Shape: colour must be one of .*, got 'pink'"):
+    with pytest.raises(ValueError, match=r"Shape: color must be one of .*, got 'pink'"):
         Shape("circle", "pink", "small", 0.5, 0.5)
     with pytest.raises(ValueError, match=r"Shape: x and y must lie in \[0, 1\], got 1.5 and 0.5"):
         Shape("circle", "red", "small", 1.5, 0.5)

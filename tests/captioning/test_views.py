@@ -26,7 +26,7 @@ def pictures(tmp_path):
 
 
 def test_further_views_are_pieces_of_the_image_and_of_its_mirror_image(tmp_path):
-    """Red grows to the right and green downwards, so that a corner's colours tell where it was."""
+    """Red grows to the right and green downwards, so that a corner's colors tell where it was."""
     _, processor = blip.tiny_blip()
     side = 200
     ramp = Image.linear_gradient("L").resize((side, side))  # grows downwards

@@ -2,9 +2,9 @@
 
 The historical baseline (Xu et al., "Show, Attend and Tell: Neural image caption generation with
 visual attention", ICML 2015; soft attention) with which BLIP is compared. The decoder reads feature
-maps [B, L, C]: those of :class:`ResNetEncoder`, of
-:class:`~benchmarks.captioning.features.LiteEncoder`, or cached ones
-(:class:`~benchmarks.captioning.features.FeatureCache`).
+maps [B, L, C]: those of ``ResNetEncoder``, of
+``LiteEncoder``, or cached ones
+(``FeatureCache``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Prepare = Callable[["Image"], Tensor]
 
 
 class ResNetEncoder(nn.Module):
-    """A ResNet up to its last feature map, frozen, batch normalisation included.
+    """A ResNet up to its last feature map, frozen, batch normalization included.
 
     He et al., "Deep residual learning for image recognition" (CVPR 2016). Freezing keeps what the
     filters learned on ImageNet from being overfitted to a small set of captions, and saves the
@@ -70,7 +70,7 @@ class ResNetEncoder(nn.Module):
         """Feature maps of images.
 
         Args:
-            pixel_values: [B, 3, S, S], normalised by the mean and deviation of ImageNet.
+            pixel_values: [B, 3, S, S], normalized by the mean and deviation of ImageNet.
 
         Returns:
             [B, L, C], L positions row by row (for ResNet-50 at 224 pixels: 49 of 2048 channels).
@@ -190,7 +190,7 @@ class Hypothesis(NamedTuple):
 
 
 class AttentionCaptioner(nn.Module):
-    """An LSTM that looks at a feature map through :class:`SoftAttention` and writes a caption.
+    """An LSTM that looks at a feature map through ``SoftAttention`` and writes a caption.
 
     At every word the LSTM reads the word's embedding and the context, [x; z]. It starts from the
     mean of the feature map, h_0 = tanh(W_h mean + b_h) and likewise c_0 (Xu et al. 2015, section
@@ -207,7 +207,7 @@ class AttentionCaptioner(nn.Module):
         hidden_size: H.
         attention_size: A.
         dropout: Share of the hidden state's units that are dropped before the logits, in training.
-        encoder: Name of the encoder for :func:`open_encoder`; kept with the model.
+        encoder: Name of the encoder for ``open_encoder``; kept with the model.
 
     Raises:
         ValueError: A size below 1, token ids out of range or not distinct, or a bad dropout.
@@ -289,10 +289,10 @@ class AttentionCaptioner(nn.Module):
         """A new model with a tokenizer's words.
 
         Args:
-            tokenizer: Of whole words, with pad, bos and eos tokens, such as
-                :func:`~benchmarks.captioning.lite_blip.word_tokenizer` makes.
+            tokenizer: A tokenizer of whole words with pad, bos and eos tokens, such as
+                ``word_tokenizer`` makes.
             feature_size: C, channels of the feature maps.
-            seed: Of the initial weights.
+            seed: Seed of the initial weights.
             **options: Other keywords of the class.
         """
         for kind in ("pad", "bos", "eos"):
@@ -349,7 +349,7 @@ class AttentionCaptioner(nn.Module):
 
         Args:
             features: [B, L, C].
-            tokens: int64 [B, T], from the bos token on.
+            tokens: Int64 [B, T], from the bos token on.
 
         Returns:
             Logits [B, T, V] of the words after each, and the attention [B, T, L].
@@ -367,7 +367,7 @@ class AttentionCaptioner(nn.Module):
 
         Args:
             features: [B, L, C].
-            tokens: int64 [B, 1 + T]: bos, words, eos, pads.
+            tokens: Int64 [B, 1 + T]: bos, words, eos, pads.
             reduction: ``"mean"`` or ``"sum"`` over the words of all captions.
         """
         logits, _ = self(features, tokens[:, :-1])
@@ -511,7 +511,7 @@ class AttentionCaptioner(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> AttentionCaptioner:
-        """Read what :meth:`save_pretrained` wrote, with the dtype it had.
+        """Read what ``save_pretrained`` wrote, with the dtype it had.
 
         Raises:
             FileNotFoundError: No such folder, or a file of it is missing.
@@ -549,7 +549,7 @@ class AttendedCaption:
 
     Attributes:
         words: T words.
-        score: See :class:`Hypothesis`.
+        score: See ``Hypothesis``.
         attention: [T, L].
     """
 
@@ -575,7 +575,7 @@ def write_captions(
     """The best caption of every image.
 
     Args:
-        model: In either mode: dropout plays no part here.
+        model: The model, in either mode: dropout plays no part here.
         tokenizer: The one the model was made for, of whole words.
         features: [N, L, C], a tensor or a cache.
         beams: 1 is greedy.

