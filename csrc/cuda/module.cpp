@@ -37,14 +37,14 @@ struct Model {
   }
 };
 
-// How states are drawn, and where: what `place` tells of the device, its stream and its memory.
-struct Circumstances {
+// How states are drawn, and where: `context` tells of the device, its stream and its memory.
+struct CallContext {
   Call call{};
   Temperature temperature;
   PyObject* allocate;  // gives a tensor of that many bytes
 
-  Circumstances(const py::tuple& draw, const py::tuple& place) {
-    Fields drawn(draw, 5), where(place, 3);
+  CallContext(const py::tuple& draw, const py::tuple& context) {
+    Fields drawn(draw, 5), where(context, 3);
     call.seed = drawn.pointer<const int64_t>();
     call.chain_offset = static_cast<uint32_t>(drawn.integer());
     temperature.beta = drawn.number();
@@ -58,19 +58,19 @@ struct Circumstances {
 
 // Runs an operation twice: to learn how much memory it needs, and, with that memory, to launch it.
 template <class Operation> int launch(int (*operation)(const Operation&, Call&), const Operation& a,
-                                      const Circumstances& circumstances) {
-  Call call = circumstances.call;
+                                      const CallContext& context) {
+  Call call = context.call;
   const int status = operation(a, call);
   if (status) return status;
-  const py::object workspace = py::handle(circumstances.allocate)(call.workspace_bytes);
+  const py::object workspace = py::handle(context.allocate)(call.workspace_bytes);
   call.workspace = at<void>(workspace.attr("data_ptr")().cast<Address>());
   const py::gil_scoped_release release;
   return operation(a, call);
 }
 
 int py_sample(const py::tuple& given, const py::tuple& layer, const py::tuple& draw, Address states,
-              int states_element, Address means, const py::tuple& place) {
-  const Circumstances circumstances(draw, place);
+              int states_element, Address means, const py::tuple& where) {
+  const CallContext context(draw, where);
   Fields fields(layer, 4);
   Sample a;
   a.given = matrix(given);
@@ -78,17 +78,17 @@ int py_sample(const py::tuple& given, const py::tuple& layer, const py::tuple& d
   a.bias = fields.pointer<const float>();
   a.given_log_var = fields.pointer<const float>();
   a.drawn_log_var = fields.pointer<const float>();
-  a.temperature = circumstances.temperature;
+  a.temperature = context.temperature;
   a.states = at<void>(states);
   a.states_element = static_cast<Element>(states_element);
   a.means = at<float>(means);
-  return launch(sample, a, circumstances);
+  return launch(sample, a, context);
 }
 
 int py_gibbs_sample(const py::tuple& v, const py::tuple& model, int64_t k, const py::tuple& draw,
                     Address mask, int64_t mask_stride, const py::tuple& values, Address states,
-                    int states_element, const py::tuple& place) {
-  const Circumstances circumstances(draw, place);
+                    int states_element, const py::tuple& where) {
+  const CallContext context(draw, where);
   const Model m(model);
   const Gibbs a{matrix(v),
                 m.W,
@@ -96,29 +96,28 @@ int py_gibbs_sample(const py::tuple& v, const py::tuple& model, int64_t k, const
                 m.c,
                 k,
                 m.log_var,
-                circumstances.temperature,
+                context.temperature,
                 at<const uint8_t>(mask),
                 mask_stride,
                 matrix(values),
                 at<void>(states),
                 static_cast<Element>(states_element)};
-  return launch(gibbs_sample, a, circumstances);
+  return launch(gibbs_sample, a, context);
 }
 
 int py_free_energy(const py::tuple& v, const py::tuple& model, const py::tuple& draw,
-                   Address energies, const py::tuple& place) {
-  const Circumstances circumstances(draw, place);
+                   Address energies, const py::tuple& where) {
+  const CallContext context(draw, where);
   const Model m(model);
-  const FreeEnergy a{matrix(v),          m.W, m.b, m.c, m.log_var, circumstances.temperature,
-                     at<float>(energies)};
-  return launch(free_energy, a, circumstances);
+  const FreeEnergy a{matrix(v), m.W, m.b, m.c, m.log_var, context.temperature, at<float>(energies)};
+  return launch(free_energy, a, context);
 }
 
 int py_cd_step(const py::tuple& v, const py::tuple& model, int64_t k, const py::tuple& chains,
                const py::tuple& draw, Address grad_W, int64_t grad_W_stride, Address grad_b,
                Address grad_c, bool accumulate, Address advanced, int advanced_element,
-               Address energies, const py::tuple& place) {
-  const Circumstances circumstances(draw, place);
+               Address energies, const py::tuple& where) {
+  const CallContext context(draw, where);
   const Model m(model);
   const CdStep a{matrix(v),
                  m.W,
@@ -135,7 +134,7 @@ int py_cd_step(const py::tuple& v, const py::tuple& model, int64_t k, const py::
                  at<void>(advanced),
                  static_cast<Element>(advanced_element),
                  at<float>(energies)};
-  return launch(cd_step, a, circumstances);
+  return launch(cd_step, a, context);
 }
 
 py::tuple py_device_count() {

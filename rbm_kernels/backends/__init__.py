@@ -40,6 +40,7 @@ def _refusal(
     device: torch.device,
     dtype: torch.dtype,
     kinds: tuple[type[Units], ...],
+    kernel: str | None,
 ) -> str | None:
     """Why backend ``name`` cannot run this call, or None when it can."""
     if name == "reference":
@@ -51,6 +52,8 @@ def _refusal(
     for kind in kinds:
         if kind not in module.UNITS:
             return f"it has no {kind.label} units"
+    if kernel is not None and not hasattr(module, kernel):
+        return f"it has no {kernel}"
     if dtype == torch.float64 and operation == "free_energy":
         return "float64 free energies are computed in float64 by the reference backend"
     return None
@@ -63,11 +66,12 @@ def _automatic(
     dtype: torch.dtype,
     too_large: bool,
     kinds: tuple[type[Units], ...],
+    kernel: str | None,
 ) -> ModuleType:
     """The first backend that can run; a fall-back is logged once for each reason."""
     reasons = ""
     for name in PREFERRED.get(device.type, ("reference",)):
-        refusal = _refusal(name, operation, device, dtype, kinds)
+        refusal = _refusal(name, operation, device, dtype, kinds, kernel)
         if refusal is None and name in ("cuda", "triton") and too_large:
             refusal = f"a layer has more than {MOST_UNITS} units"
         if refusal is None:
@@ -86,6 +90,7 @@ def select(
     dtype: torch.dtype,
     n_units: int = 0,
     kinds: tuple[type[Units], ...] = (Bernoulli,),
+    kernel: str | None = None,
     empty: bool = False,
 ) -> ModuleType:
     """The backend module for one call.
@@ -99,6 +104,7 @@ def select(
         dtype: That of the weights.
         n_units: The number of units of the larger layer.
         kinds: The kinds of unit of the model.
+        kernel: The function that the backend must have.
         empty: Whether there are no rows or a layer has no units. Kernels have nothing to launch
             then; the reference makes the results, of whatever shape, if the backend could run.
 
@@ -108,13 +114,13 @@ def select(
     """
     name = backend or os.environ.get("RBM_KERNELS_BACKEND") or "auto"
     if name == "auto":
-        module = _automatic(operation, device, dtype, n_units > MOST_UNITS, kinds)
+        module = _automatic(operation, device, dtype, n_units > MOST_UNITS, kinds, kernel)
     elif name not in BACKENDS:
         raise ValueError(
             f"{operation}: backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}"
         )
     else:
-        refusal = _refusal(name, operation, device, dtype, kinds)
+        refusal = _refusal(name, operation, device, dtype, kinds, kernel)
         if refusal is not None:
             raise RuntimeError(f"{operation}: backend {name!r} cannot run: {refusal}")
         module = BACKENDS[name]

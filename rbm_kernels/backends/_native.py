@@ -69,8 +69,8 @@ class Kernels(ABC):
         self.states, self.weights = states, weights
 
     @abstractmethod
-    def place(self, device: torch.device) -> Any:
-        """Where a call runs, as the module takes it."""
+    def context(self, device: torch.device) -> Any:
+        """Where a call runs, in the form in which the module takes it."""
 
     @abstractmethod
     def check(self, op: str, name: str, states: Tensor, W: Tensor) -> None:
@@ -147,7 +147,7 @@ class Kernels(ABC):
             self.states[dtype],
             _address(means),
             *more,
-            self.place(device),
+            self.context(device),
         )
         if status:
             self.fail(op, status)
@@ -188,7 +188,7 @@ class Kernels(ABC):
             held,
             drawn.data_ptr(),
             self.states[dtype],
-            self.place(device),
+            self.context(device),
         )
         if status:
             self.fail(op, status)
@@ -208,7 +208,7 @@ class Kernels(ABC):
             parameters,
             (0, 0, value, _address(betas), digits),
             energies.data_ptr(),
-            self.place(device),
+            self.context(device),
         )
         if status:
             self.fail(op, status)
@@ -254,7 +254,7 @@ class Kernels(ABC):
             advanced.data_ptr(),
             self.states[dtype],
             energies.data_ptr(),
-            self.place(device),
+            self.context(device),
         )
         if status:
             self.fail(op, status)

@@ -36,7 +36,7 @@ _ARGUMENTS = {1: "W", 2: "v", 3: "b", 4: "c", 5: "log_var", 6: "chains", 7: "cla
 
 
 class _Cpu(Kernels):
-    def place(self, device: torch.device) -> int:
+    def context(self, device: torch.device) -> int:
         return torch.get_num_threads()
 
     def check(self, op: str, name: str, states: Tensor, W: Tensor) -> None:

@@ -99,7 +99,7 @@ def _allocator(device: torch.device) -> Callable[[int], Tensor]:
 
 
 class _Cuda(Kernels):
-    def place(self, device: torch.device) -> tuple[Callable[[int], Tensor], int, int]:
+    def context(self, device: torch.device) -> tuple[Callable[[int], Tensor], int, int]:
         """What gives a call its memory, and its device and stream."""
         if device.type != "cuda":
             return _allocator(device), 0, 0

@@ -64,9 +64,10 @@ class Operation:
         kinds: The types of the body's arguments, in words.
         n_results: How many results torch.library has. An empty tensor stands there for None, and
             for a result that is missing at the end.
-        body: The call of a backend, ``body(module, name, *arguments, *eager)``. The first argument
-            is states [B, K], the second a model or a layer. Only calls in plain eager have further
-            arguments.
+        kernel: The name of the function that runs it in every backend that can.
+        body: What calls that function, ``body(function, name, *arguments, *eager)``. The first
+            argument is states [B, K], the second a model or a layer. Only calls in plain eager have
+            further arguments.
         save: ``save(arguments, results)``, the tensors and numbers that the gradient needs.
         backward: ``backward(saved, *grads)``, gradients of the fields of the first two arguments.
             The other arguments have none.
@@ -77,6 +78,7 @@ class Operation:
     name: str
     kinds: list[str]
     n_results: int
+    kernel: str
     body: Callable[..., Any]
     save: Callable[..., tuple[Any, ...]] | None
     backward: Callable[..., tuple[Any, ...]] | None
@@ -125,6 +127,7 @@ def define(
     name: str,
     arguments: str,
     results: str,
+    kernel: str,
     body: Callable[..., Any],
     fake: Callable[..., Any],
     save: Callable[..., tuple[Any, ...]] | None = None,
@@ -148,7 +151,7 @@ def define(
     kinds = [kind for kind, _ in declared]
     fields = [_FIELDS.get(kind, f"{kind} {label}") for kind, label in declared]
     operation = Operation(
-        name, kinds, results.count("Tensor"), body, save, backward, differentiable, returned
+        name, kinds, results.count("Tensor"), kernel, body, save, backward, differentiable, returned
     )
     _LIBRARY.define(
         f"{name}({', '.join(fields)}, str? backend) -> {results}",
@@ -210,9 +213,11 @@ def _call(
         W.dtype,
         max(shape),
         arguments[1].kinds,
+        operation.kernel,
         0 in shape or not arguments[0].shape[0],
     )
-    return operation.body(module, operation.name, *arguments, *eager)
+    function = getattr(module, operation.kernel)
+    return operation.body(function, operation.name, *arguments, *eager)
 
 
 class _Recorded(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -243,7 +243,7 @@ def _write(
 
 
 def _step(
-    module: Any,
+    kernel: Callable[..., tuple[Tensor, Tensor]],
     op: str,
     v: Tensor,
     model: Model,
@@ -262,9 +262,7 @@ def _step(
         averages, direct = out, True
     else:
         averages, direct = (_like(W), _like(b), _like(c)), False
-    advanced, energies = module.cd_step(
-        op, v, model, k, chains, draw, averages, accumulate and direct
-    )
+    advanced, energies = kernel(op, v, model, k, chains, draw, averages, accumulate and direct)
     grads = averages if final else _finished(averages, v, advanced, model)
     if out is not None:
         grads = averages if direct else _write(out, grads, accumulate)
@@ -333,5 +331,7 @@ def _backward(saved: list[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _ARGUMENTS = "Tensor v, Model model, int k, Tensor? chains, Draw draw"
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-_STEP = define("cd_step", _ARGUMENTS, _RESULTS, _step, _step_fake)
-_LOSS = define("cd_loss", _ARGUMENTS, _RESULTS, _loss, _loss_fake, _save, _backward, returned=2)
+_STEP = define("cd_step", _ARGUMENTS, _RESULTS, "cd_step", _step, _step_fake)
+_LOSS = define(
+    "cd_loss", _ARGUMENTS, _RESULTS, "cd_step", _loss, _loss_fake, _save, _backward, returned=2
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,10 +77,15 @@ def free_energy(
 
 
 def _body(
-    module: Any, op: str, v: Tensor, model: Model, beta: float, betas: Tensor | None, digits: int
+    free_energies: Callable[..., Tensor],
+    op: str,
+    v: Tensor,
+    model: Model,
+    beta: float,
+    betas: Tensor | None,
+    digits: int,
 ) -> Tensor:
-    energy: Tensor = module.free_energies(op, v, model, beta if betas is None else betas, digits)
-    return energy
+    return free_energies(op, v, model, beta if betas is None else betas, digits)
 
 
 def _fake(v: Tensor, model: Model, beta: float, betas: Tensor | None, digits: int) -> Tensor:
@@ -117,6 +123,7 @@ _FREE_ENERGY = define(
     "free_energy",
     "Tensor v, Model model, float beta, Tensor? betas, int digits",
     "Tensor",
+    "free_energies",
     _body,
     _fake,
     _save,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ def _clamp(
 
 
 def _body(
-    module: Any,
+    kernel: Callable[..., Tensor],
     op: str,
     v: Tensor,
     model: Model,
@@ -126,7 +126,7 @@ def _body(
     values: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    states: Tensor = module.gibbs_sample(op, v, model, k, draw, mask, values, out_dtype)
+    states = kernel(op, v, model, k, draw, mask, values, out_dtype)
     return states if states.dtype is out_dtype else states.to(out_dtype)
 
 
@@ -146,6 +146,7 @@ _GIBBS = define(
     "gibbs_sample",
     "Tensor v, Model model, int k, Draw draw, Tensor? mask, Tensor? values, ScalarType out_dtype",
     "Tensor",
+    "gibbs_sample",
     _body,
     _fake,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
@@ -218,7 +219,7 @@ def _sample(
 
 
 def _body(
-    module: Any,
+    sample_layer: Callable[..., tuple[Tensor, Tensor | None]],
     op: str,
     given: Tensor,
     layer: Layer,
@@ -226,7 +227,7 @@ def _body(
     return_probs: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    states, probs = module.sample_layer(op, given, layer, draw, return_probs, out_dtype)
+    states, probs = sample_layer(op, given, layer, draw, return_probs, out_dtype)
     if states.dtype is not out_dtype:
         states = states.to(out_dtype)
     return states, None if probs is None else probs.to(layer.W.dtype)
@@ -265,6 +266,7 @@ _HIDDEN, _VISIBLE = (
         name,
         "Tensor given, Layer layer, Draw draw, bool return_probs, ScalarType out_dtype",
         "(Tensor, Tensor)",
+        "sample_layer",
         _body,
         _fake,
         _save,

@@ -111,6 +111,19 @@ def test_units_that_a_backend_lacks_are_the_references(
     assert all("the reference backend runs (c" in line for line in lines)
 
 
+def test_an_operation_that_a_backend_lacks_is_the_references(
+    standing: Standing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that an operation may be written for one backend after the other."""
+    assert select("anneal", None, CPU, FLOAT32, kernel="gibbs_sample") is backends.cpu
+    assert select("anneal", None, CPU, FLOAT32, kernel="anneal") is reference
+    raises(RuntimeError, "anneal", "'cpu'", "it has no anneal")(
+        lambda: select("anneal", "cpu", CPU, FLOAT32, kernel="anneal")
+    )
+    monkeypatch.setattr(backends.cpu, "anneal", lambda: None, raising=False)
+    assert select("anneal", None, CPU, FLOAT32, kernel="anneal") is backends.cpu
+
+
 def test_empty_calls_are_the_references_where_the_backend_could_run(standing: Standing) -> None:
     assert select("cd_step", None, GPU, FLOAT32, empty=True) is reference
     assert select("cd_step", "cuda", GPU, FLOAT32, empty=True) is reference
