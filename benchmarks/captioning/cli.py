@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from blip_integration.cli import (
     Parser,
@@ -121,7 +121,7 @@ def add_settings(parser: Any, kind: type) -> None:
 
 def settings_from(arguments: argparse.Namespace, kind: type[Settings]) -> Settings:
     """The dataclass that the flags of ``add_settings`` describe."""
-    values = {each.name: getattr(arguments, each.name) for each in fields(kind)}  # type: ignore
+    values = {each.name: getattr(arguments, each.name) for each in fields(cast(Any, kind))}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -224,7 +224,7 @@ def _add_demo(commands: Any) -> None:
         "captions, and check every claim about scenes that it has not seen.",
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("rbm-caption-demo"), help="new folder for all of it")
+    add("--out", type=Path, default=Path("captions-demo"), help="new folder for all of it")
     add_settings(parser, DemoSettings)
 
 

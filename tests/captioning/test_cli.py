@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -23,7 +24,13 @@ import blip_integration
 from benchmarks.captioning import cli, features, metrics, train_lite
 from benchmarks.captioning import lite_blip as captioner
 from benchmarks.captioning.files import save_captioner
-from benchmarks.captioning.settings import StudySettings
+from benchmarks.captioning.settings import (
+    CaptionerSettings,
+    DemoSettings,
+    LiteSettings,
+    LSTMSettings,
+    StudySettings,
+)
 from blip_integration.captions import beam_candidates
 from blip_integration.images import open_image
 from blip_integration.modeling import apply_rbm_to_blip, load_captioner
@@ -390,3 +397,68 @@ def test_a_missing_package_is_named_with_what_installs_it(
     assert missing.replace("_", "-") in message.replace("_", "-") and "pip install" in message
     assert message.count("\n") == 1
     assert not (here / "new").exists()
+
+
+def test_the_lstm_is_trained_and_scored(data, tmp_path, no_java, capsys):
+    """On the features of train, with word vectors from a file, and again where it stopped."""
+    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("matplotlib")
+    caches = tmp_path / "features"
+    for split, rows in (("train", 6), ("val", 3)):
+        table = torch.randn(rows, 4, 8, generator=torch.Generator().manual_seed(rows))
+        features.extract(
+            lambda images, table=table: table[images.long().flatten()],
+            lambda name: torch.tensor([int(name)]),
+            [str(i) for i in range(rows)],
+            caches / split,
+            progress=False,
+        )
+    many = json.loads(data.read_text())
+    # Five of each: the words of fewer captions would be unknown.
+    many["annotations"] = [each for each in many["annotations"] for _ in range(5)]
+    (data.parent / "many.json").write_text(json.dumps(many))
+    vectors = tmp_path / "vectors.txt"
+    vectors.write_text("a 0.1 0.2 0.3\ncircle 0.4 0.5 0.6\n")
+    out = tmp_path / "lstm"
+    command = ["lstm", str(data.parent / "many.json"), str(caches), "--out", str(out)]
+    command += ["--vectors", str(vectors), "--beams", "2"]
+    assert cli.main([*command, "--epochs", "1"]) == 0
+    figures = json.loads((out / "figures.json").read_text())
+    assert figures["word_vectors"] == 2 and len(figures["epochs"]) == 1
+    assert len(figures["captions"]) == 1 and figures["scores"].keys() >= {"CIDEr", "BLEU-4"}
+    assert Image.open(out / "curves.png").format == "PNG"
+    assert cli.main([*command, "--epochs", "2", "--resume"]) == 0
+    again = json.loads((out / "figures.json").read_text())
+    assert len(again["epochs"]) == 2 and again["epochs"][0] == figures["epochs"][0]
+    capsys.readouterr()
+    assert cli.main([*command, "--epochs", "3", "--gamma", "0.1", "--resume"]) == 2
+    assert "resume needs the settings of the run" in capsys.readouterr().err
+
+
+def field_help(kind: type, name: str) -> str:
+    """What the docstring says of a field; the next field ends it."""
+    text = " ".join((kind.__doc__ or "").split())
+    after = text.split(f" {name}: ")[1]
+    return re.split(r"\.(?: \w+: | Raises:|$)", after)[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "kinds"),
+    [
+        ("train", [LiteSettings, CaptionerSettings]),
+        ("compare", [StudySettings]),
+        ("lstm", [LSTMSettings]),
+        ("demo", [DemoSettings]),
+    ],
+)
+def test_every_setting_is_a_flag_that_help_explains(capsys, monkeypatch, command, kinds):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for kind in kinds:
+        for field in dataclasses.fields(kind):
+            flag = f"--{field.name.replace('_', '-')}"
+            found = re.search(rf" {flag} [^-]*({re.escape(field_help(kind, field.name))})", said)
+            assert found is not None and len(found.group(1).split()) > 2, flag

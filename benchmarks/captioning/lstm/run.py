@@ -10,14 +10,16 @@ import json
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+
+from rbm_kernels import plots
 
 from ..data import load_captions
 from ..features import FeatureCache
 from ..lite_blip import word_tokenizer
 from ..metrics import evaluate
+from ..report import training_curves
 from ..settings import LSTMSettings
-from .show_attend_tell import AttentionCaptioner
+from .show_attend_tell import AttentionCaptioner, write_captions
 from .training import train_attention_captioner
 from .word_vectors import initialize_embedding, read_word_vectors
 
@@ -38,7 +40,7 @@ def train_and_score(
     Args:
         data: Captions in COCO's or in Karpathy's format.
         caches: Folder with the feature caches train and val.
-        out: Folder of the model and of figures.json.
+        out: Folder of the model, of figures.json and of curves.png.
         epochs: Passes over all captions.
         dropout: In the decoder, 0 to 1.
         beams: Width of the beam search.
@@ -68,10 +70,9 @@ def train_and_score(
         resume=resume,
     )
 
-    said: list[str] = []
-    for images in tqdm(val_features[1::2].float().split(50), desc="captions", unit="batch"):
-        for hypotheses in model.beam_search(images, beams=beams, min_length=3):
-            said.append(tokenizer.decode(hypotheses[0].tokens))
+    reported = val_features[1::2]
+    captions = write_captions(model, tokenizer, reported, beams=beams, min_length=3)
+    said = [caption.text for caption in captions]
     scores = evaluate(said, val[1::2])
     updates = (0, *(10**power * digit for power in range(1, 5) for digit in (1, 2, 5)))
     table = history.table([*updates, len(history.losses) - 1])
@@ -80,6 +81,7 @@ def train_and_score(
     for record in history.epochs:
         print(f"epoch {record['epoch']}: {record['train_loss']:.3f}, val {record['val_loss']:.3f}")
     print({name: round(value, 4) for name, value in scores.items()})
+    plots.save(training_curves(history), out / "curves.png")
     parameters = sum(p.numel() for p in model.parameters())
     content = {
         "parameters": parameters,
