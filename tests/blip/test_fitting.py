@@ -203,6 +203,14 @@ def test_learned_sigma() -> None:
     assert exact_log_likelihood(learned, held_out) > exact_log_likelihood(fixed, held_out) + 0.2
 
 
+def test_learned_sigma_has_a_floor() -> None:
+    """Features that the hidden units explain exactly would drive their variances to zero."""
+    stream = TokenStream(two_causes(noise=0.0)[:, None], held_out=0.1)
+    schedule = Schedule(epochs=30, batch_size=32, learning_rate=0.1)
+    rbm = fit_rbm_to_tokens(stream, 4, schedule, learn_sigma=True).reconstructor.rbm
+    assert rbm.log_var.min().item() == pytest.approx(2 * math.log(0.05))
+
+
 def test_fit_depends_on_its_seed_alone() -> None:
     stream = TokenStream(features())
     schedule = Schedule(epochs=2, batch_size=32, seed=7)

@@ -370,6 +370,11 @@ def test_stock_checkpoint_into_ours(cls_token: str, tmp_path: Path) -> None:
             assert module.W.std().item() == pytest.approx(0.01, rel=0.1)
             assert not module.b.any() and not module.c.any() and not module.log_var.any()
     assert torch.equal(captions(ours.eval()), captions(stock))
+    settings["strength"] = 0.3
+    started = RBMBlipForConditionalGeneration.from_pretrained(tmp_path, rbm=settings)
+    assert rbm_of(started).gate.tanh().tolist() == pytest.approx(
+        [0.3, 0.3] if cls_token == "apart" else 0.3
+    )
 
 
 def test_our_checkpoint_into_stock(tmp_path: Path) -> None:
