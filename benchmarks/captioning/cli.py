@@ -312,11 +312,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _caption(arguments: argparse.Namespace) -> int:
+    from blip_integration.modeling import rbm_of
+
     images = image_files(arguments.images)
     if arguments.html is not None:
         require_file_to_write("--html", arguments.html)
     model, processor = open_captioner(arguments)
-    residual = getattr(model.vision_model, "rbm", None)
+    residual = rbm_of(model)
     shown = []
     for paths, pixels in image_batches(processor, images, arguments.batch_size):
         if residual is None:

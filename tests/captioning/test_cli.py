@@ -67,21 +67,6 @@ def rbm(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def untrained_encoder(monkeypatch) -> None:
-    """The EfficientNet with random weights: no package of weights is needed."""
-    pytest.importorskip("efficientnet_lite_pytorch")
-
-    real = captioner.LiteEncoder
-
-    def encoder(variant: int, pretrained: bool = True) -> captioner.LiteEncoder:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return real(variant, pretrained=False)
-
-    monkeypatch.setattr(captioner, "LiteEncoder", encoder)
-
-
-@pytest.fixture
 def no_java(monkeypatch) -> None:
     """METEOR's program takes seconds to start."""
     monkeypatch.setattr(metrics, "java_available", lambda: False)

@@ -12,7 +12,6 @@ pytest.importorskip("efficientnet_lite_pytorch")
 pytest.importorskip("pycocoevalcap")
 
 from benchmarks.captioning import cli, demo
-from benchmarks.captioning import lite_blip as captioner
 from benchmarks.captioning.data import load_captions
 from benchmarks.captioning.demo import DemoRow, run_demo, table
 from benchmarks.captioning.scenes import check_caption, load_scenes
@@ -27,18 +26,7 @@ TINY = DemoSettings(
 NAMES = ["captioner", "with an RBM inside", "re-ranked by an RBM"]
 
 
-@pytest.fixture(autouse=True)
-def untrained_encoder(monkeypatch):
-    """The EfficientNet with random weights: no package of weights is needed."""
-
-    real = captioner.LiteEncoder
-
-    def encoder(variant: int, pretrained: bool = True) -> captioner.LiteEncoder:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return real(variant, pretrained=False)
-
-    monkeypatch.setattr(captioner, "LiteEncoder", encoder)
+pytestmark = pytest.mark.usefixtures("untrained_encoder")
 
 
 def test_everything_is_written_and_the_same_seed_gives_the_same_table(tmp_path):

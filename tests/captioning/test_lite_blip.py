@@ -135,18 +135,8 @@ def test_the_encoder_stays_frozen(model):
     assert not any(p.requires_grad for p in model.vision_model.parameters())
 
 
-def test_the_vision_model_of_some_images(monkeypatch):
+def test_the_vision_model_of_some_images(untrained_encoder):
     """Tokens of the very images are centered and of mean variance 1."""
-    from benchmarks.captioning import lite_blip as captioner
-
-    real = captioner.LiteEncoder
-
-    def untrained(variant, pretrained=True):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return real(variant, pretrained=False)
-
-    monkeypatch.setattr(captioner, "LiteEncoder", untrained)
     batches = [gaussian(4, 3, 64, 64, seed=seed) for seed in (1, 2)]
     model = lite_vision_model(iter(batches), variant=0, width=8)
     assert model.config.variant == 0 and model.config.hidden_size == 8 and not model.training
