@@ -14,6 +14,7 @@ _HOMES = {
     "Candidates": "captions",
     "CaptionPairs": "objective",
     "GatedResidual": "gated_residual",
+    "ImageFiles": "images",
     "JointRBM": "joint_rbm",
     "RBMBlipConfig": "modeling",
     "RBMBlipForConditionalGeneration": "modeling",

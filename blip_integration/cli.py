@@ -244,7 +244,7 @@ def add_caption(commands: Any) -> None:
 def fit(arguments: argparse.Namespace) -> int:
     """Run ``rbm-caption fit``."""
     from .fitting import Schedule, fit_rbm
-    from .images import image_states
+    from .images import ImageFiles, image_states
     from .modeling import load_captioner, rbm_of
 
     require_file_to_write("--out", arguments.out)
@@ -262,7 +262,7 @@ def fit(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         states = image_states(
-            model, processor, images, Path(folder) / "states", progress=show_progress()
+            model, ImageFiles(processor, images), Path(folder) / "states", progress=show_progress()
         )
         n_images, n_tokens, width = states.shape
         print(f"features: {n_images:,} x {n_tokens} x {width}, {seconds_since(started)}")
@@ -381,14 +381,11 @@ def image_batches(
     processor: BlipProcessor, images: Sequence[Path], size: int
 ) -> Iterator[tuple[Sequence[Path], Tensor]]:
     """Image files with their ``pixel_values`` [B, 3, S, S]."""
-    import torch
+    from .images import ImageFiles
 
-    from .images import image_loader
-
-    load = image_loader(processor)
     for first in range(0, len(images), size):
         paths = images[first : first + size]
-        yield paths, torch.stack([load(path) for path in paths])
+        yield paths, ImageFiles(processor, paths)[:]
 
 
 def image_files(given: Sequence[Path]) -> list[Path]:

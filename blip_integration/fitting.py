@@ -24,7 +24,7 @@ from rbm_kernels import RBM
 from rbm_kernels.training import ContrastiveDivergence, DrawOptions, optimize
 
 from .gated_residual import CLS_TOKENS, ClsToken, GatedResidual, RBMReconstructor
-from .images import encode
+from .images import ImageFiles, image_states
 
 MONITORED_ROWS = 2048
 """The number of rows of held-out and of training images that are evaluated after each epoch."""
@@ -263,9 +263,10 @@ def fit_rbm(
 
     Args:
         model: The captioner that the RBM is for; it is not changed.
-        images_or_states: Images as its processor makes ``pixel_values`` of them, [N, 3, S, S], or
-            the ``last_hidden_state`` of its vision model, [N, L, D]: a tensor, or whatever has
-            ``shape`` and gives slices of rows (see ``image_states`` for many image files).
+        images_or_states: Images: ``ImageFiles``, or ``pixel_values`` [N, 3, S, S] of the
+            captioner's processor. Or the ``last_hidden_state`` [N, L, D] of its vision model: a
+            tensor, or whatever has ``shape`` and gives slices of rows. The states of images are
+            kept in memory; ``image_states`` keeps them on disk.
         n_hidden: The number H of hidden units.
         schedule: How long and how fast to train.
         cls_token: ``"shared"``: one RBM for all tokens. ``"skip"``: the CLS token is left alone.
@@ -280,23 +281,20 @@ def fit_rbm(
 
     Raises:
         ValueError: A wrong shape or value, or features that are not finite.
-
-    Example:
-        >>> fitted = fit_rbm(model, pixel_values, n_hidden=500)  # doctest: +SKIP
-        >>> apply_rbm_to_blip(model, fitted, strength=0.2)  # doctest: +SKIP
     """
-    shape = tuple(images_or_states.shape)
     width = model.config.vision_config.hidden_size
-    if len(shape) not in (3, 4) or (len(shape) == 3 and shape[-1] != width):
+    shape = tuple(getattr(images_or_states, "shape", ()))
+    are_images = isinstance(images_or_states, ImageFiles) or len(shape) == 4
+    if not are_images and (len(shape) != 3 or shape[-1] != width):
         raise ValueError(
-            "fit_rbm: images_or_states must be pixel values [N, 3, S, S] or states [N, L, D] = "
-            f"[N, L, {width}], got {list(shape)}"
+            "fit_rbm: images_or_states must be ImageFiles, pixel values [N, 3, S, S] or states "
+            f"[N, L, D] = [N, L, {width}], got {list(shape) or type(images_or_states).__name__}"
         )
     if cls_token not in CLS_TOKENS:
         raise ValueError(f"fit_rbm: cls_token must be one of {CLS_TOKENS}, got {cls_token!r}")
     states = images_or_states
-    if len(shape) == 4:
-        states = encode(model, images_or_states, batch_size=batch_size, progress=progress)
+    if are_images:
+        states = image_states(model, images_or_states, batch_size=batch_size, progress=progress)
     options |= {"device": model.device if device is None else device, "progress": progress}
 
     def fit_to(tokens: Tokens) -> GatedResidual:

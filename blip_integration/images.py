@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,29 +65,46 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     return upright.convert("RGB")
 
 
-def image_loader(processor: BlipProcessor) -> Callable[[str | os.PathLike[str]], Tensor]:
-    """A function from an image file to a captioner's ``pixel_values`` [3, S, S] of it.
-
-    Args:
-        processor: The captioner's processor.
-    """
-
-    def load(path: str | os.PathLike[str]) -> Tensor:
-        return pixels_of(open_image(path), processor)
-
-    return load
-
-
 def pixels_of(image: Image.Image, processor: BlipProcessor) -> Tensor:
     """A captioner's ``pixel_values`` [3, S, S] of an image, by its own processor."""
     pixels: Tensor = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
     return pixels
 
 
+class ImageFiles:
+    """Image files as a captioner's ``pixel_values``, which are read as they are needed.
+
+    Args:
+        processor: The captioner's processor.
+        paths: The N files, in any format that Pillow reads.
+
+    Attributes:
+        ids: The names of the files.
+    """
+
+    def __init__(self, processor: BlipProcessor, paths: Iterable[str | os.PathLike[str]]) -> None:
+        self.processor = processor
+        self.ids = [os.fspath(path) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        """The pixel values [3, S, S] of one file, or [n, 3, S, S] of a slice of them.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It cannot be read; see ``open_image``.
+        """
+        if isinstance(rows, slice):
+            return torch.stack([self[row] for row in range(*rows.indices(len(self)))])
+        return pixels_of(open_image(self.ids[rows]), self.processor)
+
+
+@torch.inference_mode()
 def image_states(
     model: BlipForConditionalGeneration,
-    processor: BlipProcessor,
-    images: Sequence[str | os.PathLike[str]],
+    pixel_values: Any,
     file: str | os.PathLike[str] | None = None,
     *,
     batch_size: int = 32,
@@ -97,8 +114,7 @@ def image_states(
 
     Args:
         model: The captioner, on whatever device.
-        processor: The captioner's processor.
-        images: The N image files.
+        pixel_values: N images: a tensor [N, 3, S, S], or ``ImageFiles``.
         file: Where to keep the states, which then take no memory; None keeps them in memory.
         batch_size: The number of images at a time.
         progress: Whether to show a progress bar.
@@ -107,33 +123,11 @@ def image_states(
         [N, L, D], float16.
 
     Raises:
-        ValueError: There are no images, or one cannot be read (see ``open_image``).
+        ValueError: There are no images, or one cannot be read.
     """
-    load = image_loader(processor)
-
-    class Pixels:
-        def __len__(self) -> int:
-            return len(images)
-
-        def __getitem__(self, rows: slice) -> Tensor:
-            return torch.stack([load(path) for path in images[rows]])
-
-    return encode(model, Pixels(), file, batch_size=batch_size, progress=progress)
-
-
-@torch.inference_mode()
-def encode(
-    model: BlipForConditionalGeneration,
-    pixel_values: Any,
-    file: str | os.PathLike[str] | None = None,
-    *,
-    batch_size: int = 32,
-    progress: bool = False,
-) -> Tensor:
-    """``image_states`` of ``pixel_values``: N images, sliced as they are needed."""
     n = len(pixel_values)
     if n < 1:
-        raise ValueError("image_states: images must hold one image or more, got none")
+        raise ValueError("image_states: pixel_values must hold one image or more, got none")
     states = torch.empty(0)
     for first in tqdm(range(0, n, batch_size), "features", unit="batch", disable=not progress):
         pixels = pixel_values[first : first + batch_size].to(model.device, model.dtype)

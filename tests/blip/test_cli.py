@@ -22,7 +22,7 @@ import blip_integration
 from blip_integration import cli
 from blip_integration.captions import beam_candidates
 from blip_integration.gated_residual import GatedResidual
-from blip_integration.images import image_states, open_image
+from blip_integration.images import ImageFiles, image_states, open_image
 from blip_integration.modeling import apply_rbm_to_blip, load_captioner
 from rbm_kernels import RBM
 
@@ -155,7 +155,8 @@ def test_fit_an_rbm_and_use_it(data, model, tmp_path, capsys):
     assert printed.err == "" and "9 x 17 x 16" in printed.out and "16 x 5 units" in printed.out
     fitted = GatedResidual.load(out)
     assert fitted.reconstructor.rbm.W.shape == (16, 5)
-    states = image_states(*load_captioner(model), paths).float().reshape(-1, 16)
+    captioner, processor = load_captioner(model)
+    states = image_states(captioner, ImageFiles(processor, paths)).float().reshape(-1, 16)
     torch.testing.assert_close(fitted.mean, states.mean(0), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(fitted.scale, states.std(0, correction=0), atol=1e-4, rtol=1e-4)
     assert cli.main(["caption", paths[0], "--model", str(model), "--rbm", str(out)]) == 0

@@ -318,6 +318,8 @@ def test_fit_to_a_captioners_images(cls_token: Any) -> None:
         assert torch.equal(again.state_dict()[name], tensor), name
     with pytest.raises(ValueError, match=r"\[N, L, 16\], got \[12, 17, 9\]"):
         fit_rbm(model, states[..., :9])
+    with pytest.raises(ValueError, match="must be ImageFiles, .* got list"):
+        fit_rbm(model, ["a.jpg"])
     with pytest.raises(ValueError, match="cls_token must be one of"):
         fit_rbm(model, states, cls_token="both")
     with pytest.raises(ValueError, match="one image or more"):

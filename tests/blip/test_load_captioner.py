@@ -13,7 +13,7 @@ from transformers import (
     BlipTextConfig,
 )
 
-from blip_integration.images import image_loader, open_image
+from blip_integration.images import ImageFiles, open_image
 from blip_integration.modeling import apply_rbm_to_blip, load_captioner
 from rbm_kernels import RBM
 
@@ -27,7 +27,12 @@ def pictures(tmp_path):
 def test_images_are_loaded_as_the_processor_makes_them(pictures):
     _, processor = blip.tiny_blip()
     wanted = processor(images=open_image(pictures[0]), return_tensors="pt")["pixel_values"][0]
-    assert torch.equal(image_loader(processor)(pictures[0]), wanted)
+    files = ImageFiles(processor, pictures)
+    assert len(files) == 5 and files.ids == [str(path) for path in pictures]
+    assert torch.equal(files[0], wanted)
+    assert torch.equal(files[3:], torch.stack([files[3], files[4]]))
+    with pytest.raises(IndexError):
+        files[5]
 
 
 @pytest.mark.parametrize("adjusted", [False, True])

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, BlipForConditionalGenerati
 from blip_integration import cli
 from blip_integration.captions import beam_candidates
 from blip_integration.fitting import Schedule, fit_rbm
-from blip_integration.images import image_loader
+from blip_integration.images import ImageFiles
 from blip_integration.modeling import (
     apply_rbm_to_blip,
     load_captioner,
@@ -52,7 +52,7 @@ def images(tmp_path_factory):
 
 def test_an_rbm_goes_in_and_out(name, images, tmp_path):
     model, processor = load_captioner(name)
-    pixels = torch.stack([image_loader(processor)(path) for path in images])
+    pixels = ImageFiles(processor, images)[:]
     with torch.inference_mode():
         states = model.vision_model(pixels).last_hidden_state
     stock = [beam_candidates(model, processor.tokenizer, pixels, beams=b, n=b) for b in (1, 3)]
@@ -85,7 +85,7 @@ def test_an_rbm_goes_in_and_out(name, images, tmp_path):
 
 def test_the_command_goes_on_from_a_prompt(name, images, capsys):
     model, processor = load_captioner(name)
-    pixels = torch.stack([image_loader(processor)(path) for path in images])
+    pixels = ImageFiles(processor, images)[:]
     inputs = processor(text=[PROMPT] * len(images), return_tensors="pt")
     whole = model.generate(
         pixels, **inputs, num_beams=3, min_length=5, max_length=20, do_sample=False
