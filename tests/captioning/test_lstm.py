@@ -157,10 +157,36 @@ def test_dropout_is_of_training_alone():
     model, maps = small_model(dropout=0.5), random_maps(1, 10, 7)
     tokens = torch.tensor([[BOS, 5, 6]])
     assert not torch.equal(model(maps, tokens)[0], model(maps, tokens)[0])
-    greedy = model.greedy(maps)[0]
+    [[written]] = model.beam_search(maps, beams=1)
     model.eval()
     assert torch.equal(model(maps, tokens)[0], model(maps, tokens)[0])
-    assert model.greedy(maps)[0].score == greedy.score
+    assert model.beam_search(maps, beams=1)[0][0].score == written.score
+
+
+@torch.no_grad()
+def greedy(
+    model: AttentionCaptioner, maps: Tensor, max_length: int, min_length: int
+) -> list[tuple[list[int], float, Tensor]]:
+    """The most probable word each time, image by image: tokens, score and attention."""
+    found = []
+    for image in maps:
+        state, word = model.start(image[None]), torch.tensor([BOS])
+        tokens: list[int] = []
+        scores: list[float] = []
+        attention = []
+        while len(scores) < max_length and int(word) != EOS:
+            state, alpha = model.step(word, state)
+            log_p = model.output(state.hidden).log_softmax(-1)
+            log_p[:, [PAD, BOS, *([EOS] if len(tokens) < min_length else [])]] = -math.inf
+            if model.config["unk_token_id"] is not None:
+                log_p[:, model.config["unk_token_id"]] = -math.inf
+            best, word = log_p.max(-1)
+            scores.append(best.item())
+            if int(word) != EOS:
+                tokens.append(int(word))
+                attention.append(alpha[0])
+        found.append((tokens, sum(scores) / len(scores), torch.stack(attention)))
+    return found
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -168,10 +194,13 @@ def test_a_beam_of_one_is_greedy(seed):
     model, maps = small_model(vocabulary=30, seed=seed), random_maps(8, 10, 7, seed=seed)
     lengths = {"max_length": 12, "min_length": seed}
     beams = model.beam_search(maps, beams=1, **lengths)
-    for greedy, (best,) in zip(model.greedy(maps, **lengths), beams, strict=True):
-        assert (best.tokens, best.score) == (greedy.tokens, greedy.score)
-        assert torch.equal(best.attention, greedy.attention)
-        assert seed <= len(greedy.tokens) <= 12
+    for (tokens, score, attention), (best,) in zip(
+        greedy(model, maps, **lengths), beams, strict=True
+    ):
+        assert best.tokens == tokens
+        assert best.score == pytest.approx(score, rel=1e-12)
+        torch.testing.assert_close(best.attention, attention)
+        assert seed <= len(tokens) <= 12
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
@@ -398,11 +427,10 @@ def test_bad_searches_are_refused(tokenizer):
     model, maps = small_model(), random_maps(2, 10, 7)
     with pytest.raises(ValueError, match=r"n_best must lie in 1\.\.beams = 1\.\.2, got 3"):
         model.beam_search(maps, beams=2, n_best=3)
-    for search in (model.greedy, model.beam_search):
-        with pytest.raises(ValueError, match="min_length"):
-            search(maps, max_length=4, min_length=4)
-        with pytest.raises(ValueError, match=r"features must be \[B, L, C\]"):
-            search(maps[0])
+    with pytest.raises(ValueError, match="min_length"):
+        model.beam_search(maps, max_length=4, min_length=4)
+    with pytest.raises(ValueError, match=r"features must be \[B, L, C\]"):
+        model.beam_search(maps[0])
     with pytest.raises(ValueError, match="beams"):
         write_captions(model, tokenizer, maps, beams=0)
     with pytest.raises(ValueError, match="tokenizer must have a bos token"):

@@ -379,39 +379,6 @@ class AttentionCaptioner(nn.Module):
         )
 
     @torch.no_grad()
-    def greedy(
-        self, features: Tensor, *, max_length: int = 20, min_length: int = 1
-    ) -> list[Hypothesis]:
-        """Captions that take the most probable word each time.
-
-        Args:
-            features: [B, L, C].
-            max_length: At most this many tokens, the end of the sentence included.
-            min_length: At least this many words.
-
-        Returns:
-            One hypothesis for each image; its score is that of a ``length_penalty`` of 1.
-        """
-        _check_lengths(max_length, min_length)
-        state = self.start(features)
-        word = features.new_full((len(features),), self.bos_token_id, dtype=torch.long)
-        ended = torch.zeros_like(word, dtype=torch.bool)
-        total = features.new_zeros(len(features))
-        words: list[Tensor] = []
-        attention: list[Tensor] = []
-        while len(words) < max_length and not bool(ended.all()):
-            state, alpha = self.step(word, state)
-            log_p, word = self._log_probabilities(state, len(words) >= min_length).max(-1)
-            word = torch.where(ended, self.pad_token_id, word)
-            total = torch.where(ended, total, total + log_p)
-            ended = ended | (word == self.eos_token_id)
-            words.append(word)
-            attention.append(alpha)
-        tokens, maps = torch.stack(words, 1), torch.stack(attention, 1)
-        scores = total / (tokens != self.pad_token_id).sum(1)
-        return [self._hypothesis(*parts) for parts in zip(tokens, scores, maps, strict=True)]
-
-    @torch.no_grad()
     def beam_search(
         self,
         features: Tensor,
@@ -596,10 +563,7 @@ def write_captions(
     found: list[Hypothesis] = []
     for first in range(0, len(features), batch_size):
         maps = features[first : first + batch_size].to(weight.device, weight.dtype)
-        if beams == 1:
-            found += model.greedy(maps, **lengths)
-        else:
-            found += [best for (best,) in model.beam_search(maps, beams=beams, **lengths)]
+        found += [best for (best,) in model.beam_search(maps, beams=beams, **lengths)]
     return [
         AttendedCaption(tokenizer.convert_ids_to_tokens(tokens), score, attention)
         for tokens, score, attention in found
