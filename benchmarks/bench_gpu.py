@@ -1,15 +1,17 @@
 """Speed and memory on a GPU against naive PyTorch, torch.compile and what the hardware allows.
 
-    python benchmarks/bench_gpu.py RESULTS_DIR [--only WORD ...] [--seconds 2] [--dry-run]
+    python benchmarks/bench_gpu.py RESULTS_DIR [--only WORD ...] [--backends NAME ...] [--dry-run]
 
 Writes RESULTS_DIR/bench_gpu.json after every line of the table, so that a run cut short leaves what
-it has measured. A dry run takes the same way on the CPU with tiny sizes: it tests this program.
-README.md says how the figures are made.
+it has measured, and adds to the lines that the file has: gpu_check.py runs a process for each line,
+so that a kernel that hangs or faults costs its own line alone. A dry run takes the same way on the
+CPU with tiny sizes: it tests this program. README.md says how the figures are made.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -33,6 +35,7 @@ from rbm_kernels.backends import cuda
 from rbm_kernels.cli import bench_table as bench
 
 REGIME = "RBM_KERNELS_CUDA_REGIME"
+REGIMES = ("cluster", "resident", "tiled_sm90a", "tiled")
 MNIST_UPDATES = 97_500  # 130 epochs of 60,000 images in batches of 80
 
 Variant = Callable[[Operands], Call]
@@ -108,7 +111,11 @@ class Target:
 
 @dataclass
 class Line:
-    """One line of the table: what was measured, and what could not be."""
+    """One line of the table: what was measured, what could not be, and whose bits differ.
+
+    ``equals_cpu`` says of each variant of ours whether it computes what the cpu backend does. The
+    time of one that does not is that of another computation.
+    """
 
     title: str
     case: bench.Case
@@ -117,6 +124,11 @@ class Line:
     targets: list[Target] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     equals_cpu: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def differing(self) -> list[str]:
+        """The variants of ours that compute other bits than cpu."""
+        return [name for name, same in self.equals_cpu.items() if not same]
 
     def ratio(self, variant: str, against: Iterable[str]) -> float | None:
         """How many times faster than the fastest of these, by medians; None without both."""
@@ -195,16 +207,23 @@ def compiled(device: Device, mode: str, precision: str, capture: bool) -> Varian
 def equals_cpu(case: bench.Case, device: Device, backend: str, precision: str) -> bool:
     """Whether the backend's results are those of the cpu backend, bit for bit.
 
-    Chains do not depend on one another, so the first 128 of a sampling case stand for all.
+    Chains do not depend on one another, so three parts of a sampling case stand for all: the first,
+    middle and last 128 rows, as a warp that runs several chains one after the other meets what the
+    earlier ones left behind.
     """
     o = Operands.make(case, device.name, 7)
     if case.operation == "gibbs_sample":
-        mine = rbm_kernels.gibbs_sample(
-            *o.model, case.k, seed=7, backend=backend, precision=precision
+        sample = functools.partial(rbm_kernels.gibbs_sample, k=case.k, seed=7, precision=precision)
+        mine = sample(*o.model, backend=backend)
+        v, *parameters = (t.cpu() for t in o.model)
+        last = max(case.batch - 128, 0)
+        return all(
+            torch.equal(
+                mine[first : first + 128].cpu(),
+                sample(v[first : first + 128], *parameters, chain_offset=first, backend="cpu"),
+            )
+            for first in (0, last // 2, last)
         )
-        rows = [t.cpu() for t in (o.v[:128], *o.model[1:])]
-        theirs = rbm_kernels.gibbs_sample(*rows, case.k, seed=7, backend="cpu", precision=precision)
-        return torch.equal(mine[:128].cpu(), theirs)
     steps = [
         rbm_kernels.cd_step(
             *(t.to(where) for t in o.model), case.k, seed=7, backend=name, precision=precision
@@ -225,7 +244,8 @@ def measure(line: Line, device: Device, variants: Mapping[str, Variant], seconds
             made[0]()
             calls[name] = made
     if calls:
-        line.timings = interleave(device, calls, seconds)
+        with reported(line, f"timing of {', '.join(calls)}"):
+            line.timings = interleave(device, calls, seconds)
 
 
 @contextmanager
@@ -243,15 +263,13 @@ def reported(line: Line, variant: str) -> Iterator[None]:
 
 
 def our_variants(line: Line, device: Device, captured: bool = False) -> dict[str, Variant]:
-    """Our backends in both precisions, those that compute what cpu computes."""
+    """Our backends in both precisions. One that computes other bits than cpu is timed as well."""
     found: dict[str, Variant] = {}
     for backend in device.backends:
         for precision in bench.PRECISIONS:
             name = f"{backend} {precision}"
             with reported(line, name):
                 line.equals_cpu[name] = equals_cpu(line.case, device, backend, precision)
-                if not line.equals_cpu[name]:
-                    raise ValueError("its results differ from the cpu backend's")
                 variant = ours(line.case, backend, precision)
                 found[name] = variant
                 if captured:
@@ -279,7 +297,19 @@ def small_steps(device: Device, sizes: Sizes, seconds: float) -> Line:
     case = sizes.small
     line = Line("CD-1, small", case)
     variants = {"naive": naive(case), "naive TF32": in_tf32(naive(case))}
-    variants |= our_variants(line, device, captured=True)
+    measure(line, device, variants | our_variants(line, device, captured=True), seconds)
+    for backend in device.backends:
+        for precision in bench.PRECISIONS:
+            for name in (f"{backend} {precision}", f"{backend} {precision}, captured"):
+                line.aim(f"{name}: times naive", line.ratio(name, ["naive"]), 10.0)
+    return line
+
+
+def compiled_steps(device: Device, sizes: Sizes, seconds: float) -> Line:
+    """The same against torch.compile, which takes a minute to compile."""
+    case = sizes.small
+    line = Line("CD-1, small, against torch.compile", case)
+    variants = {"naive": naive(case)} | our_variants(line, device, captured=True)
     graphs = []
     if device.gpu:
         for name, mode, precision, capture in (
@@ -293,8 +323,7 @@ def small_steps(device: Device, sizes: Sizes, seconds: float) -> Line:
     measure(line, device, variants, seconds)
     for backend in device.backends:
         for precision in bench.PRECISIONS:
-            for name in (f"{backend} {precision}", f"{backend} {precision}, captured"):
-                line.aim(f"{name}: times naive", line.ratio(name, ["naive"]), 10.0)
+            name = f"{backend} {precision}, captured"
             line.aim(f"{name}: times max-autotune", line.ratio(name, graphs), 3.0)
     return line
 
@@ -434,37 +463,42 @@ def forced_regime(name: str) -> Iterator[None]:
             os.environ[REGIME] = before
 
 
-def regimes(device: Device, sizes: Sizes, seconds: float) -> Line:
-    """The cuda backend's regimes against each other, captured: what its table is filled from."""
-    line = Line("regimes of cuda", sizes.regimes[0])
+def in_regime(regime: str, device: Device, sizes: Sizes, seconds: float) -> Line:
+    """One regime of the cuda backend, captured, at the sizes that fit it.
+
+    The figures of all regimes are what the table that chooses between them is filled from.
+    """
+    line = Line(f"cuda, {regime}", sizes.regimes[0])
     for case in sizes.regimes if "cuda" in device.backends else ():
         variants: dict[str, list[Call]] = {}
         sets = device.sets(case)
         for precision, digits in (("high", 2), ("highest", 3)):
-            for regime in ("resident", "cluster", "tiled", "tiled_sm90a"):
-                shape = (case.batch, case.n_visible, case.n_hidden, case.k, digits)
-                with forced_regime(regime):
-                    found = cuda.regime(*shape, torch.device(device.name))
-                    name = f"{case.label} {case.shape} {precision}: {found}"
-                    if found.split()[0] == regime:  # another one runs where this one cannot
-                        with reported(line, name):
-                            variant = ours(case, "cuda", precision)
-                            variants[name] = [device.captured(variant(o)) for o in sets]
-        timings = interleave(device, variants, seconds / 2) if variants else {}
-        for name, t in timings.items():
-            times = {"ms": t.p50, "p20": t.p20, "p80": t.p80}
-            line.figures[name] = {what: seconds * 1e3 for what, seconds in times.items()}
+            shape = (case.batch, case.n_visible, case.n_hidden, case.k, digits)
+            with forced_regime(regime):
+                found = cuda.regime(*shape, torch.device(device.name))
+                name = f"cuda {precision}, {found}: {case.label} {case.shape}"
+                if found.split()[0] == regime:  # another one runs where this one cannot
+                    with reported(line, name):
+                        variant = ours(case, "cuda", precision)
+                        line.equals_cpu[name] = equals_cpu(case, device, "cuda", precision)
+                        variants[name] = [device.captured(variant(o)) for o in sets]
+        with forced_regime(regime), reported(line, f"cuda, timing of {case.label} {case.shape}"):
+            timings = interleave(device, variants, seconds / 4) if variants else {}
+            for name, t in timings.items():
+                times = {"ms": t.p50, "p20": t.p20, "p80": t.p80}
+                line.figures[name] = {what: 1e3 * value for what, value in times.items()}
     return line
 
 
-# In this order, so that what takes the longest to compile comes last.
+# In the order of their worth; what takes the longest to compile comes last.
 LINES: dict[str, Callable[[Device, Sizes, float], Line]] = {
     "sampling": sampling,
     "large": large_steps,
-    "training": training,
-    "memory": memory,
-    "regimes": regimes,
     "small": small_steps,
+    "training": training,
+    **{name: functools.partial(in_regime, name) for name in REGIMES},
+    "memory": memory,
+    "compiled": compiled_steps,
 }
 
 
@@ -502,6 +536,7 @@ def table(line: Line, rates: Mapping[str, float]) -> str:
         verdict = "met" if target.met else "MISSED"
         parts.append(f"- {verdict}: {target.what} {target.value:.3g} (goal {target.goal:g})")
     parts += [f"- left out: {name}: {reason[:120]}" for name, reason in line.left_out.items()]
+    parts += [f"- OTHER BITS than cpu's: {name}" for name in line.differing]
     return "\n".join(parts)
 
 
@@ -531,12 +566,37 @@ def unusable(backends: Iterable[str], device: str) -> dict[str, str]:
     return reasons
 
 
+def call_once(word: str, sizes: Sizes, device: str) -> None:
+    """One call of a line's case on cuda, for a profiler to look at."""
+    case = {"sampling": sizes.sampling, "large": sizes.large, "small": sizes.small}[word]
+    ours(case, "cuda", "high")(Operands.make(case, device))()
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def load(path: Path, device: Device, sizes: Sizes) -> dict[str, Any]:
+    """What earlier calls have written into a file, or, where there is none, a beginning of it."""
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    rates = ceilings(device, sizes.copy_bytes, sizes.product)
+    found = {"environment": environment(device), "ceilings": rates, "lines": {}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 1 if a backend of ours failed or computed other bits than cpu."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("results", type=Path, help="folder for bench_gpu.json")
     parser.add_argument("--only", nargs="+", choices=list(LINES), default=list(LINES))
+    parser.add_argument(
+        "--backends", nargs="+", choices=["cpu", "cuda", "triton"],
+        help="what is measured; the lines are then named after them, as in 'small of triton'",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each line")
+    parser.add_argument("--once", action="store_true", help="one call of cuda, without a clock")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
@@ -545,27 +605,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, sizes, wanted = ("cuda", FULL, ["cuda", "triton"])
     if options.dry_run:
         name, sizes, wanted = ("cpu", TINY, ["cpu"])
+    if options.once:
+        for word in options.only:
+            call_once(word, sizes, name)
+        return 0
+    wanted = options.backends or wanted
+    suffix = f" of {' and '.join(options.backends)}" if options.backends else ""
     reasons = unusable(wanted, name)
     device = Device(name, [backend for backend in wanted if backend not in reasons])
-    lines = []
+    path, lines = options.results / "bench_gpu.json", []
     with torch.no_grad(), bench.torch_settings(None, "highest"):
-        rates = ceilings(device, sizes.copy_bytes, sizes.product)
-        found = {
-            "environment": environment(device),
-            "ceilings": rates,
-            "backends_left_out": reasons,
-            "lines": {},
-        }
+        found = load(path, device, sizes)
         for word in options.only:
             line = LINES[word](device, sizes, options.seconds)
             lines.append(line)
-            found["lines"][word] = record(line, rates)
-            options.results.mkdir(parents=True, exist_ok=True)
-            (options.results / "bench_gpu.json").write_text(json.dumps(found, indent=1) + "\n")
-            print(table(line, rates), flush=True)
+            found["lines"][word + suffix] = record(line, found["ceilings"])
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            print(table(line, found["ceilings"]), flush=True)
     for backend, reason in reasons.items():
         print(f"{backend} was not measured: {reason}")
     failed = [name for line in lines for name in line.left_out if any(b in name for b in wanted)]
+    failed += [name for line in lines for name in line.differing]
     return 1 if failed or reasons else 0
 
 

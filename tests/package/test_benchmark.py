@@ -91,11 +91,12 @@ def test_dry_run_of_the_gpu_benchmark(bench_gpu, tmp_path, capsys):
     assert list(found["lines"]) == list(bench_gpu.LINES)
     for word, line in found["lines"].items():
         assert not line["left_out"], line["left_out"]
-        if word not in ("memory", "regimes"):
+        if word not in ("memory", *bench_gpu.REGIMES):
             assert {"naive", "cpu high", "cpu highest"} <= set(line["timings"])
             assert all(t["p20"] <= t["p50"] <= t["p80"] for t in line["timings"].values())
-            assert line["targets"] and all(t["value"] > 0 for t in line["targets"])
-        if word in ("sampling", "small", "large"):
+            assert all(t["value"] > 0 for t in line["targets"])
+            assert line["targets"] or word == "compiled"  # nothing is compiled without a GPU
+        if word in ("sampling", "small", "large", "compiled"):
             assert line["equals_cpu"] == {"cpu high": True, "cpu highest": True}
     training = found["lines"]["training"]["figures"]["cpu high, captured"]
     updates, seconds = training["measured updates"], training["measured seconds"]
@@ -105,7 +106,9 @@ def test_dry_run_of_the_gpu_benchmark(bench_gpu, tmp_path, capsys):
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == settings
 
 
-def test_a_backend_that_draws_other_bits_is_not_timed(bench_gpu, monkeypatch, tmp_path):
+def test_a_backend_that_draws_other_bits_is_timed_and_told(
+    bench_gpu, monkeypatch, tmp_path, capsys
+):
     step = bench_gpu.rbm_kernels.cd_step
 
     def wrong(*arguments, precision, seed, **keywords):
@@ -115,8 +118,38 @@ def test_a_backend_that_draws_other_bits_is_not_timed(bench_gpu, monkeypatch, tm
     monkeypatch.setattr(bench_gpu.rbm_kernels, "cd_step", wrong)
     assert bench_gpu.main(["--dry-run", "--only", "small", "--seconds", "0", str(tmp_path)]) == 1
     line = json.loads((tmp_path / "bench_gpu.json").read_text())["lines"]["small"]
-    assert set(line["timings"]) == {"naive", "naive TF32"}
-    assert set(line["left_out"]) == {"cpu high", "cpu highest"}
+    assert {"naive", "naive TF32", "cpu high", "cpu highest"} <= set(line["timings"])
+    assert line["equals_cpu"] == {"cpu high": False, "cpu highest": False}
+    assert "OTHER BITS than cpu's: cpu high\n" in capsys.readouterr().out
+
+
+@needs_cpu
+@pytest.mark.parametrize("row", [0, 450, 899])
+def test_chains_in_the_middle_and_at_the_end_are_compared(bench_gpu, monkeypatch, row):
+    """A kernel's later chains run in what its earlier ones left behind."""
+    sample = bench_gpu.rbm_kernels.gibbs_sample
+
+    def wrong(v, *arguments, **keywords):
+        drawn = sample(v, *arguments, **keywords)
+        if len(v) == 900:
+            drawn[row, 3] = 1 - drawn[row, 3]
+        return drawn
+
+    case = bench.Case("gibbs_sample", 900, 20, 12, k=2)
+    arguments = (case, bench_gpu.Device("cpu"), "cpu", "high")
+    assert bench_gpu.equals_cpu(*arguments)
+    monkeypatch.setattr(bench_gpu.rbm_kernels, "gibbs_sample", wrong)
+    assert not bench_gpu.equals_cpu(*arguments)
+
+
+@needs_cpu
+def test_lines_of_several_processes_meet_in_one_file(bench_gpu, monkeypatch, tmp_path):
+    common = ["--dry-run", "--seconds", "0", str(tmp_path)]
+    assert bench_gpu.main([*common, "--only", "small", "--backends", "cpu"]) == 0
+    monkeypatch.setattr(bench_gpu, "ceilings", None)  # measured once, and read by the others
+    assert bench_gpu.main([*common, "--only", "memory"]) == 0
+    found = json.loads((tmp_path / "bench_gpu.json").read_text())
+    assert list(found["lines"]) == ["small of cpu", "memory"]
 
 
 def test_ratios_floor_and_targets(bench_gpu, benchmarks):
