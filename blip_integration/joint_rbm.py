@@ -406,14 +406,17 @@ class JointRBM(PairModel):
         if clamp not in (None, "image", "words"):
             raise ValueError(f"gibbs: clamp must be None, 'image' or 'words', got {clamp!r}")
         z, t = self.standardize(features), words
-        # One stream of random numbers over all draws: a shared offset would share the numbers.
-        draws = seed if isinstance(seed, Tensor) else self._stream(seed)
+        # One stream of random numbers over all draws: a shared offset would share the numbers. The
+        # caller's tensor is advanced when all is drawn, so that an error leaves it as it was.
+        draws = seed.clone() if isinstance(seed, Tensor) else self._stream(seed)
         for _ in range(k):
             h = self.sample_hidden(z, t, seed=draws)
             if clamp != "image":
                 z = self._sample_image(h, draws)
             if clamp != "words":
                 t = self._sample_words(h, draws)
+        if isinstance(seed, Tensor):
+            seed.copy_(draws)
         held = features if clamp == "image" else z * self.scale + self.mean
         return held, t.to(torch.bool)
 
@@ -440,13 +443,27 @@ class JointRBM(PairModel):
 
         Returns:
             0-dim tensor. It is no measure of learning.
+
+        Raises:
+            ValueError: A wrong shape, k below 1, values that are not finite, or chains that cannot
+                be written. Nothing has been written then.
         """
+        for chain in chains or ():
+            if chain.requires_grad or (
+                chain.is_inference() and not torch.is_inference_mode_enabled()
+            ):
+                raise ValueError(
+                    "cd_loss: chains are advanced in place, and must not require grad nor come "
+                    "from torch.inference_mode(): pass clones of them"
+                )
+        data = self.free_energy(features, words).mean()
         start = (features, words) if chains is None else chains
         state = self.gibbs(*start, k, seed=seed)
+        model = self.free_energy(*state).mean()
         if chains is not None:
             for chain, advanced in zip(chains, state, strict=True):
                 chain.copy_(advanced)
-        return self.free_energy(features, words).mean() - self.free_energy(*state).mean()
+        return data - model
 
     def hidden(self, features: Tensor | None = None, words: Tensor | None = None) -> Tensor:
         """p(h = 1 | what is given) [N, H]; a modality that is None is left out of the model."""

@@ -16,7 +16,7 @@ from .ops.cd import cd_loss, cd_step
 from .ops.free_energy import free_energy
 from .ops.gibbs import gibbs_sample
 from .ops.sample import sample_hidden, sample_visible
-from .seeds import Seed, later
+from .seeds import Seed, advance, later, resolve
 from .units import KINDS, Units
 
 if TYPE_CHECKING:
@@ -284,8 +284,17 @@ class RBM(
                 if name in options
             }
             off = self.W.new_zeros(n, self.n_hidden)
-            drawn = sample_visible(off, self.W, self.b, **self._kind, seed=seed, **start)
-            chains, seed = drawn, later(seed, 1)
+            # A seed tensor is advanced when all is drawn, so that an error leaves it as it was.
+            own = seed
+            if isinstance(seed, Tensor):
+                own = resolve("sample", seed, options.get("generator"), self.W.device).clone()
+            drawn = sample_visible(off, self.W, self.b, **self._kind, seed=own, **start)
+            own = later(own, 1)
+            states = gibbs_sample(
+                drawn, self.W, self.b, self.c, k, **self._kind, seed=own, **options
+            )
+            advance(seed, 2 * k + 1)
+            return states
         return gibbs_sample(chains, self.W, self.b, self.c, k, **self._kind, seed=seed, **options)
 
     @overload

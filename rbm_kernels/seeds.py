@@ -28,7 +28,8 @@ def resolve(
 
     Raises:
         TypeError: If ``seed`` is of another kind.
-        ValueError: If both are given, or ``seed`` has another shape, dtype or device.
+        ValueError: If both are given, or ``seed`` has another shape, dtype or device, or is a
+            tensor that cannot be advanced.
     """
     if seed is None:
         where = device if generator is None else generator.device
@@ -42,6 +43,8 @@ def resolve(
                 f"{name}: a seed tensor must be int64 [2] on {device}, "
                 f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
             )
+        if not torch.compiler.is_compiling():
+            _check_advances(name, seed)
         return seed.contiguous()
     try:
         given = seed if isinstance(seed, tuple) else (seed, 0)
@@ -61,6 +64,20 @@ def resolve(
     key = torch.full((2,), pair[1], dtype=torch.int64, device=device)
     key[0].fill_(pair[0])
     return key
+
+
+def _check_advances(name: str, seed: Tensor) -> None:
+    """Refuse a tensor that cannot be advanced after the call, when it would be too late."""
+    if seed.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name}: a seed tensor is advanced and must not come from torch.inference_mode(), "
+            "outside of which nothing can be written into it: pass a clone() of it"
+        )
+    if seed.stride(0) == 0:
+        raise ValueError(
+            f"{name}: a seed tensor is advanced and must have memory for both of its numbers, "
+            "got an expanded tensor: pass a clone() of it"
+        )
 
 
 def later(seed: Seed | None, half_sweeps: int) -> Seed | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rbm_kernels import seeds
 from rbm_kernels.arguments import Beta, Draw, Model
 from rbm_kernels.arithmetic import digits_of
+from rbm_kernels.backends import select
 from rbm_kernels.units import Units, visible_units
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -109,6 +110,28 @@ def vector(op: str, name: str, value: Tensor, units: int, layer: str, W: Tensor)
         raise ValueError(f"{op}: {name} must be on W's device {W.device}, got {value.device}")
 
 
+def written(op: str, name: str, value: Tensor) -> None:
+    """What a call writes in place must be writable, which torch would find out too late."""
+    if torch.compiler.is_compiling():
+        return
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{op}: {name} must not come from torch.inference_mode(), outside of which nothing can "
+            f"be written into it: pass a clone() of it"
+        )
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: {name} must not require grad, since it is written in place: detach() it"
+        )
+    if not value.is_contiguous() and any(
+        size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"{op}: {name} must have memory for each element, got an expanded tensor of strides "
+            f"{list(value.stride())}: pass a clone() of it"
+        )
+
+
 def sweeps(op: str, k: int) -> None:
     """k must be a positive int."""
     if isinstance(k, bool) or not isinstance(k, int):
@@ -124,17 +147,21 @@ def draw(
     seed: seeds.Seed | None,
     generator: torch.Generator | None,
     chain_offset: int,
+    backend: str | None,
     precision: str | None,
 ) -> Draw:
     """How the states of a call are drawn; ``beta`` has passed ``temperature``.
 
-    This check comes last of all: it may advance the generator, which nothing gives back.
+    This check comes last of all: without a seed it advances the generator, which nothing gives
+    back. Only values that the kernels refuse are found out later.
     """
     if isinstance(chain_offset, bool) or not isinstance(chain_offset, int):
         raise TypeError(f"{op}: chain_offset must be an int, got {type(chain_offset).__name__}")
     if not 0 <= chain_offset < 2**32:
         raise ValueError(f"{op}: chain_offset must be in [0, 2^32), got {chain_offset}")
     digits = digits_of(op, precision)
+    if seed is None and backend is not None:
+        select(op, backend, W.device, W.dtype, max(W.shape))
     return Draw(seeds.resolve(op, seed, generator, W.device), chain_offset, beta, digits)
 
 

@@ -12,6 +12,7 @@ from rbm_kernels import seeds
 from rbm_kernels.arguments import Draw, Model
 from rbm_kernels.ops import _checks
 from rbm_kernels.ops._dispatch import define, needs_grad, run
+from rbm_kernels.ops.free_energy import free_energy
 from rbm_kernels.units import Units
 
 
@@ -110,7 +111,7 @@ def cd_step(
         _check_out(op, out, W, model.units)
     elif accumulate:
         raise ValueError(f"{op}: accumulate=True needs out=, got None")
-    draw = _checks.draw(op, W, 1.0, seed, generator, chain_offset, precision)
+    draw = _checks.draw(op, W, 1.0, seed, generator, chain_offset, backend, precision)
     buffers, start = out, chains
     if (change := model.units.change) is not None:
         # Gradients must be changed back before they reach the caller's buffers.
@@ -152,8 +153,10 @@ def cd_loss(
     """mean F(v) - mean F(v_k), a scalar whose backward is the CD-k gradient.
 
     Its value is no measure of learning; its gradient with respect to W, b, c and log_var is what
-    ``cd_step`` returns, so any torch optimizer, AMP and DDP work as with any other loss. No
-    gradient flows into ``v``.
+    ``cd_step`` returns, so any torch optimizer, AMP and DDP work as with any other loss. A ``v``
+    that requires grad, such as the output of an encoder, gets dF/dv / B, the gradient of the data's
+    mean free energy: the states v_k are drawn and count as constants, also where they start from
+    ``v``.
 
     Args:
         chains: [N, V] persistent chains, advanced in place (unlike ``cd_step``'s).
@@ -165,21 +168,32 @@ def cd_loss(
     """
     op = "cd_loss"
     model = _check(op, v, W, b, c, k, chains, log_var, visible)
-    if chains is not None and chains.requires_grad:
-        raise ValueError(f"{op}: chains are advanced in place and must not require grad")
-    draw = _checks.draw(op, W, 1.0, seed, generator, chain_offset, precision)
-    start = chains
+    if chains is not None:
+        if chains.requires_grad:
+            raise ValueError(f"{op}: chains are advanced in place and must not require grad")
+        _checks.written(op, "chains", chains)
+    draw = _checks.draw(op, W, 1.0, seed, generator, chain_offset, backend, precision)
+    data, start = v, chains
     if (change := model.units.change) is not None:
         start = None if chains is None else change.states(chains)
         v, model = change.states(v), Model(*change.model(W, b, c), change.units)
     record = needs_grad(W, b, c, log_var)
+    loss: Tensor
     loss, advanced = run(_LOSS, backend, v, model, k, start, draw, record=record)
+    if needs_grad(data):
+        # Adds nothing to the value, and the data's gradient to the backward pass. Which backend
+        # computes the energies does not matter, as their gradients are plain PyTorch.
+        W, b, c = W.detach(), b.detach(), c.detach()
+        log_var = None if log_var is None else log_var.detach()
+        energy = free_energy(
+            data, W, b, c, log_var=log_var, visible=visible, backend="auto", precision=precision
+        ).mean()
+        loss = loss + (energy - energy.detach()).to(loss.dtype)
     if chains is not None:
         advanced = advanced.detach()
         chains.copy_(advanced if change is None else change.restored(advanced))
     seeds.advance(seed, 2 * k)
-    result: Tensor = loss
-    return result
+    return loss
 
 
 def _check(
@@ -228,6 +242,7 @@ def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, units: Units) -> Non
             raise ValueError(
                 f"{op}: out's {name} must be on W's device {W.device}, got {buffer.device}"
             )
+        _checks.written(op, f"out's {name}", buffer)
 
 
 def _write(

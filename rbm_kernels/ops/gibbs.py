@@ -76,7 +76,7 @@ def gibbs_sample(
     mask, values = _clamp(op, clamp, v)
     if values is not None:
         model.units.check(op, "clamp's values", values)
-    draw = _checks.draw(op, W, beta, seed, generator, chain_offset, precision)
+    draw = _checks.draw(op, W, beta, seed, generator, chain_offset, backend, precision)
     if (change := model.units.change) is not None:
         v, model = change.states(v), Model(*change.model(W, b, c), change.units)
         values = None if values is None else change.states(values)

@@ -201,7 +201,7 @@ def _sample(
     name, W = op.name, layer.W
     dtype = _checks.state_dtype(name, out_dtype, W, layer.drawn)
     beta = _checks.temperature(name, beta, given.shape[0], W, layer.drawn)
-    draw = _checks.draw(name, W, beta, seed, generator, chain_offset, precision)
+    draw = _checks.draw(name, W, beta, seed, generator, chain_offset, backend, precision)
     if (change := layer.given.change) is not None:
         given = change.states(given)
         layer = Layer(*change.hidden_layer(W, layer.bias), change.units, layer.drawn)

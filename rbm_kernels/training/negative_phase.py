@@ -116,7 +116,9 @@ class ContrastiveDivergence(NegativePhase):
         return model.sample(chains=batch, k=self.k, **draw)
 
     def gradients(self, model: RBM, batch: Tensor, draw: DrawOptions) -> Tensor:
-        step = model.cd_step(batch, self.k, out=_gradient_buffers(model), **draw)
+        buffers = _gradient_buffers(model)
+        step = model.cd_step(batch, self.k, out=buffers, **draw)
+        _keep_gradients(model, buffers)
         return step.free_energies
 
 
@@ -146,9 +148,9 @@ class PersistentContrastiveDivergence(NegativePhase):
         return self.chains
 
     def gradients(self, model: RBM, batch: Tensor, draw: DrawOptions) -> Tensor:
-        step = model.cd_step(
-            batch, self.k, chains=self.chains, out=_gradient_buffers(model), **draw
-        )
+        buffers = _gradient_buffers(model)
+        step = model.cd_step(batch, self.k, chains=self.chains, out=buffers, **draw)
+        _keep_gradients(model, buffers)
         self.chains = step.chains
         return step.free_energies
 
@@ -160,10 +162,12 @@ NEGATIVE_PHASES: dict[str, type[NegativePhase]] = {
 
 
 def _gradient_buffers(model: RBM) -> tuple[Tensor, ...]:
-    """The parameters' ``.grad``, which the kernels write and the optimizer reads."""
-    buffers = []
-    for parameter in model.parameters():
+    """The parameters' ``.grad``, which the kernels write, or new buffers where there is none."""
+    return tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())
+
+
+def _keep_gradients(model: RBM, buffers: tuple[Tensor, ...]) -> None:
+    """Hand new buffers to the parameters, once they hold gradients."""
+    for parameter, buffer in zip(model.parameters(), buffers, strict=True):
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        buffers.append(parameter.grad)
-    return tuple(buffers)
+            parameter.grad = buffer

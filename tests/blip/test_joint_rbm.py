@@ -395,3 +395,22 @@ def test_errors_name_what_came() -> None:
 
 def test_candidate_scores_are_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     check_candidate_scores_are_those_of_all_pairs(JointRBM, monkeypatch)
+
+
+def test_a_failing_loss_leaves_chains_and_seed() -> None:
+    """Chains of which one cannot be written, data that are refused, weights that are not finite."""
+    model, words = small_rbm(), all_states(T).bool()
+    with torch.inference_mode():
+        inferred = torch.zeros(16, T, dtype=torch.bool)
+    for features, second in ((images(16), inferred), (images(16)[:, :2], words.clone())):
+        chains, seed = (images(16, seed=2), second), torch.tensor([3, 4])
+        before = [x.clone() for x in chains]
+        with pytest.raises(ValueError, match=r"cd_loss: chains|features"):
+            model.cd_loss(features, words, 2, chains=chains, seed=seed)
+        assert all(map(torch.equal, chains, before)) and seed.tolist() == [3, 4]
+    with torch.no_grad():
+        model.b_words[0] = math.nan
+    seed = torch.tensor([3, 4])
+    with pytest.raises(ValueError, match="finite"):
+        model.gibbs(images(16), words, 2, seed=seed)
+    assert seed.tolist() == [3, 4]

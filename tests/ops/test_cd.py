@@ -420,3 +420,59 @@ def test_loss_under_an_optimizer_learns(backend: str) -> None:
     independent = 6 * math.log(0.5)
     print(f"log-likelihood {log_likelihood:.3f}, independent pixels {independent:.3f}")
     assert log_likelihood > independent + 1.5
+
+
+@each_backend
+@pytest.mark.parametrize("visible", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_encoder_gets_the_gradient_of_the_data(
+    backend: str, visible: str, persistent: bool, dtype: torch.dtype
+) -> None:
+    """dF/dv / B by autograd of the formula in float64; all else is as without an encoder."""
+    W, b, c = (t.to(dtype) for t in (normal(20, 10, scale=0.4), normal(20), normal(10, seed=1)))
+    log_var = normal(20, seed=9, scale=0.2).to(dtype) if visible == "gaussian" else None
+    code = torch.sigmoid(normal(8, 20, seed=2)).to(dtype)
+
+    def loss(v: Tensor, *leaves: Tensor) -> Tensor:
+        chains = binary(5, 20, seed=4) if persistent else None
+        return rk.cd_loss(v, *leaves, 2, chains=chains, log_var=log_var, seed=3, backend=backend)
+
+    plain = [t.clone().requires_grad_() for t in (W, b, c)]
+    expected = loss(code, *plain)
+    expected.backward()
+    v = code.clone().requires_grad_()
+    leaves = [t.clone().requires_grad_() for t in (W, b, c)]
+    found = loss(v, *leaves)
+    assert same(found.detach(), expected.detach())
+    (2 * found).backward()
+    for leaf, other in zip(leaves, plain, strict=True):
+        assert leaf.grad is not None and other.grad is not None
+        assert same(leaf.grad, 2 * other.grad)
+
+    exact = code.double().clone().requires_grad_()
+    x = c.double() + (exact if log_var is None else exact / log_var.double().exp()) @ W.double()
+    own = -exact @ b.double()
+    if log_var is not None:
+        own = ((exact - b.double()).square() / (2 * log_var.double().exp())).sum(1)
+    (own - torch.nn.functional.softplus(x).sum(1)).mean().backward()
+    assert v.grad is not None and exact.grad is not None
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(v.grad.double(), 2 * exact.grad, rtol=tolerance, atol=tolerance)
+
+    # An encoder alone may learn, with the machine held still.
+    v = code.clone().requires_grad_()
+    loss(v, W, b, c).backward()
+    assert v.grad is not None
+    torch.testing.assert_close(v.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_an_encoder_of_spins_gets_the_gradient_of_the_data() -> None:
+    W, b, c = normal(6, 4), normal(6), normal(4)
+    v = (2 * binary(8, 6) - 1).requires_grad_()
+    rk.cd_loss(v, W, b, c, visible="spin", seed=0).backward()
+    exact = v.detach().double().requires_grad_()
+    x = c.double() + exact @ W.double()
+    (-exact @ b.double() - torch.nn.functional.softplus(x).sum(1)).mean().backward()
+    assert v.grad is not None and exact.grad is not None
+    torch.testing.assert_close(v.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
