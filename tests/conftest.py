@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import backends
 
-from rbm_kernels.ops import _checks, _dispatch
+from rbm_kernels.ops import _dispatch
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -28,8 +28,7 @@ def backends_on_the_gpu() -> Iterator[None]:
     """Where there is a GPU, tests name its backends with CPU tensors (support/backends.py)."""
     with pytest.MonkeyPatch.context() as patch:
         if backends.ON_GPU:
-            for module in (_checks, _dispatch):
-                patch.setattr(module, "select", backends.on_the_gpu(_dispatch.select))
+            patch.setattr(_dispatch, "select", backends.on_the_gpu(_dispatch.select))
         yield
 
 

@@ -115,13 +115,32 @@ def select(
     name = backend or os.environ.get("RBM_KERNELS_BACKEND") or "auto"
     if name == "auto":
         module = _automatic(operation, device, dtype, n_units > MOST_UNITS, kinds, kernel)
-    elif name not in BACKENDS:
+    else:
+        require(operation, name)
+        refusal = _refusal(name, operation, device, dtype, kinds, kernel)
+        if refusal is not None:
+            raise _cannot_run(operation, name, refusal)
+        module = BACKENDS[name]
+    return reference if empty else module
+
+
+def require(operation: str, name: str) -> None:
+    """Refuse an explicit choice that no call could follow here.
+
+    Raises:
+        ValueError: For an unknown name.
+        RuntimeError: When the backend cannot run on this machine, with the reason.
+    """
+    if name == "auto":
+        return
+    if name not in BACKENDS:
         raise ValueError(
             f"{operation}: backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}"
         )
-    else:
-        refusal = _refusal(name, operation, device, dtype, kinds, kernel)
-        if refusal is not None:
-            raise RuntimeError(f"{operation}: backend {name!r} cannot run: {refusal}")
-        module = BACKENDS[name]
-    return reference if empty else module
+    refusal = BACKENDS[name].unavailable_reason()
+    if refusal is not None:
+        raise _cannot_run(operation, name, refusal)
+
+
+def _cannot_run(operation: str, name: str, refusal: str) -> RuntimeError:
+    return RuntimeError(f"{operation}: backend {name!r} cannot run: {refusal}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from rbm_kernels import seeds
 from rbm_kernels.arguments import Beta, Draw, Model
 from rbm_kernels.arithmetic import digits_of
-from rbm_kernels.backends import select
+from rbm_kernels.backends import require
 from rbm_kernels.units import Units, visible_units
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -153,7 +153,7 @@ def draw(
     """How the states of a call are drawn; ``beta`` has passed ``temperature``.
 
     This check comes last of all: without a seed it advances the generator, which nothing gives
-    back. Only values that the kernels refuse are found out later.
+    back. What depends on values, and whether the backend takes W's device, is found out later.
     """
     if isinstance(chain_offset, bool) or not isinstance(chain_offset, int):
         raise TypeError(f"{op}: chain_offset must be an int, got {type(chain_offset).__name__}")
@@ -161,7 +161,7 @@ def draw(
         raise ValueError(f"{op}: chain_offset must be in [0, 2^32), got {chain_offset}")
     digits = digits_of(op, precision)
     if seed is None and backend is not None:
-        select(op, backend, W.device, W.dtype, max(W.shape))
+        require(op, backend)
     return Draw(seeds.resolve(op, seed, generator, W.device), chain_offset, beta, digits)
 
 
