@@ -41,6 +41,10 @@ def _empty(rows: int, units: int, dtype: torch.dtype, device: torch.device) -> T
     return torch.empty_strided((rows, units), (units, 1), dtype=dtype, device=device)
 
 
+def _like(states: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(states, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def _draw(draw: Draw) -> tuple[int, int, float, int, int]:
     seed, chain_offset, beta, digits = draw
     if isinstance(beta, Tensor):
@@ -177,7 +181,7 @@ class Kernels(ABC):
                 values, held = self._states(values.expand(v.shape))
         # Among clamped units real values may stand, which bytes would not hold.
         dtype = self._result(out_dtype, model.units.continuous or mask is not None)
-        drawn = _empty(states[2], states[3], dtype, device)
+        drawn = _like(v, dtype)
         status = self.module.gibbs_sample(
             states,
             parameters,
@@ -229,15 +233,13 @@ class Kernels(ABC):
         self.check(op, "v", v, model.W)
         device, state_dtype, start = v.device, model.W.dtype, _NO_ARRAY
         v, states = self._states(v)
-        rows = states[2]
         if chains is not None:
             self.check(op, "chains", chains, model.W)
             state_dtype = chains.dtype
             chains, start = self._states(chains)
-            rows = start[2]
         _kept, parameters = self._model(model)
         dtype = self._result(state_dtype, model.units.continuous)
-        advanced = _empty(rows, states[3], dtype, device)
+        advanced = _like(v if chains is None else chains, dtype)
         energies = torch.empty_strided((2,), (1,), dtype=_FLOAT32, device=device)
         grad_W, grad_b, grad_c = averages
         status = self.module.cd_step(

@@ -68,9 +68,10 @@ def model(
     units = visible_units(log_var, visible, op)
     try:
         states(op, "v", v, n_visible, "V", W)
-        vector(op, "b", b, n_visible, "V", W)
-        vector(op, "c", c, n_hidden, "H", W)
-        unit_parameters(op, units, n_visible, W)
+        dtype, device = W.dtype, W.device
+        vector(op, "b", b, n_visible, "V", dtype, device)
+        vector(op, "c", c, n_hidden, "H", dtype, device)
+        unit_parameters(op, units, n_visible, dtype, device)
     except ValueError:
         transposed(op, W, b, c)
         raise
@@ -78,10 +79,12 @@ def model(
     return Model(W, b, c, units)
 
 
-def unit_parameters(op: str, units: Units, n_units: int, W: Tensor) -> None:
+def unit_parameters(
+    op: str, units: Units, n_units: int, dtype: torch.dtype, device: torch.device
+) -> None:
     """The parameters that a kind of visible unit has beside W, b and c: [V] each."""
     for name, parameter in units.parameters():
-        vector(op, name, parameter, n_units, "V", W)
+        vector(op, name, parameter, n_units, "V", dtype, device)
 
 
 def states(op: str, name: str, value: Tensor, units: int, layer: str, W: Tensor) -> None:
@@ -98,16 +101,24 @@ def states(op: str, name: str, value: Tensor, units: int, layer: str, W: Tensor)
         raise ValueError(f"{op}: {name} must be on W's device {W.device}, got {value.device}")
 
 
-def vector(op: str, name: str, value: Tensor, units: int, layer: str, W: Tensor) -> None:
-    """A parameter of a layer: [units], W's dtype and device."""
+def vector(
+    op: str,
+    name: str,
+    value: Tensor,
+    units: int,
+    layer: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """A parameter of a layer: [units], of W's dtype and on its device."""
     if not isinstance(value, Tensor):
         raise _not_a_tensor(op, name, value)
     if value.shape != (units,):
         raise ValueError(f"{op}: {name} must be [{layer}] = [{units}], got {list(value.shape)}")
-    if value.dtype != W.dtype:
-        raise TypeError(f"{op}: {name} must have W's dtype {W.dtype}, got {value.dtype}")
-    if value.device != W.device:
-        raise ValueError(f"{op}: {name} must be on W's device {W.device}, got {value.device}")
+    if value.dtype != dtype:
+        raise TypeError(f"{op}: {name} must have W's dtype {dtype}, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{op}: {name} must be on W's device {device}, got {value.device}")
 
 
 def written(op: str, name: str, value: Tensor) -> None:

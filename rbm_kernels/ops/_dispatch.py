@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
 from rbm_kernels.arguments import Draw, Layer, Model
 from rbm_kernels.backends import select
@@ -204,17 +207,18 @@ def run(
 def _call(
     operation: Operation, backend: str | None, arguments: Any, eager: tuple[Any, ...] = ()
 ) -> Any:
-    W = arguments[1].W
-    shape = W.shape
+    states, model = arguments[:2]
+    W = model.W
+    rows, (given, drawn) = states.shape[0], W.shape
     module = select(
         operation.name,
         backend,
         W.device,
         W.dtype,
-        max(shape),
-        arguments[1].kinds,
+        given if given > drawn else drawn,
+        model.kinds,
         operation.kernel,
-        0 in shape or not arguments[0].shape[0],
+        not (rows and given and drawn),
     )
     function = getattr(module, operation.kernel)
     return operation.body(function, operation.name, *arguments, *eager)
@@ -245,10 +249,10 @@ class _Recorded(torch.autograd.Function):
 def _plain_eager() -> bool:
     """No compiler, tracer, tensor mode or transform looks on: a backend may be called directly."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        is_compiling()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or peek_interpreter_stack() is not None
     )
 
 

@@ -120,7 +120,7 @@ def cd_step(
     advanced, energies, *grads = run(
         _STEP, backend, v, model, k, start, draw, eager=(buffers, accumulate)
     )
-    grads = grads[: 3 + len(model.units.parameter_names)]
+    del grads[3 + len(model.units.parameter_names) :]
     if change is not None:
         grads = change.gradients(*grads)
         if out is None:

@@ -103,10 +103,11 @@ def sample_hidden(
     """
     op, units = "sample_hidden", visible_units(log_var, visible, "sample_hidden")
     _checks.weight(op, W)
+    n_visible, n_hidden = W.shape
     try:
-        _checks.states(op, "v", v, W.shape[0], "V", W)
-        _checks.vector(op, "c", c, W.shape[1], "H", W)
-        _checks.unit_parameters(op, units, W.shape[0], W)
+        _checks.states(op, "v", v, n_visible, "V", W)
+        _checks.vector(op, "c", c, n_hidden, "H", W.dtype, W.device)
+        _checks.unit_parameters(op, units, n_visible, W.dtype, W.device)
     except ValueError:
         _checks.transposed(op, W, v, c)
         raise
@@ -168,10 +169,11 @@ def sample_visible(
     """
     op, units = "sample_visible", visible_units(log_var, visible, "sample_visible")
     _checks.weight(op, W)
+    n_visible, n_hidden = W.shape
     try:
-        _checks.states(op, "h", h, W.shape[1], "H", W)
-        _checks.vector(op, "b", b, W.shape[0], "V", W)
-        _checks.unit_parameters(op, units, W.shape[0], W)
+        _checks.states(op, "h", h, n_hidden, "H", W)
+        _checks.vector(op, "b", b, n_visible, "V", W.dtype, W.device)
+        _checks.unit_parameters(op, units, n_visible, W.dtype, W.device)
     except ValueError:
         _checks.transposed(op, W, b, h)
         raise
