@@ -146,8 +146,9 @@ def principal_components(maps: Iterable[Tensor], n_components: int) -> tuple[Ten
     from sklearn.decomposition import PCA
 
     rows = [x.reshape(-1, x.shape[-1]).double() for x in maps]
-    if sum(map(len, rows)) < 2:
-        raise ValueError("principal_components: maps must hold two vectors or more")
+    count = sum(map(len, rows))
+    if count < 2:
+        raise ValueError(f"principal_components: maps must hold two vectors or more, got {count}")
     if not 1 <= n_components <= rows[0].shape[1]:
         raise ValueError(
             f"principal_components: n_components must lie in 1..{rows[0].shape[1]}, "

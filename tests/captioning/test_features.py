@@ -112,8 +112,8 @@ def test_principal_components_are_those_of_a_singular_value_decomposition():
 @pytest.mark.parametrize(
     ("maps", "count", "message"),
     [
-        ([], 2, "must hold one vector or more, got none"),
-        ([torch.empty(0, 5)], 2, "must hold one vector or more, got none"),
+        ([], 2, "must hold two vectors or more, got 0"),
+        ([torch.ones(1, 5)], 2, "must hold two vectors or more, got 1"),
         ([torch.ones(4, 5)], 6, r"n_components must lie in 1..5, got 6"),
         ([torch.ones(4, 5)], 0, r"n_components must lie in 1..5, got 0"),
     ],
