@@ -184,16 +184,20 @@ def cd_loss(
         # Adds nothing to the value, and the data's gradient to the backward pass. Which backend
         # computes the energies does not matter, as their gradients are plain PyTorch.
         W, b, c = W.detach(), b.detach(), c.detach()
-        log_var = None if log_var is None else log_var.detach()
         energy = free_energy(
-            data, W, b, c, log_var=log_var, visible=visible, backend="auto", precision=precision
-        ).mean()
+            data, W, b, c, log_var=_detached(log_var), visible=visible, backend="auto",
+            precision=precision,
+        ).mean()  # fmt: skip
         loss = loss + (energy - energy.detach()).to(loss.dtype)
     if chains is not None:
         advanced = advanced.detach()
         chains.copy_(advanced if change is None else change.restored(advanced))
     seeds.advance(seed, 2 * k)
     return loss
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
 
 
 def _check(
