@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.backends import EMULATED, GPU_BACKENDS
+from support.backends import CUDA_REGIMES, EMULATED, GPU_BACKENDS
 from support.errors import raises
 from support.tensors import binary, normal, same
 from torch import Tensor
@@ -85,8 +85,6 @@ def test_devices_older_than_the_build_are_refused(
 
 # Whole operations.
 
-REGIMES = ("resident", "cluster", "tiled", "tiled_sm90a")
-
 
 def outcomes(kind: str, rows: int, V: int, H: int, backend: str, precision: str) -> list[Tensor]:
     """Chains and gradients from binary or grey data, with and without clamps and own chains."""
@@ -153,7 +151,7 @@ def test_regimes_give_the_same_bits(
     found = set()
     for rows, V, H in ((5, 3, 2), (70, 37, 50), (33, 130, 70)):
         expected = run(rows, V, H, "reference", precision)
-        for name in REGIMES:
+        for name in CUDA_REGIMES:
             monkeypatch.setenv("RBM_KERNELS_CUDA_REGIME", name)
             regime = cuda.regime(rows, V, H, 2, digits, device, gaussian).split()[0]
             found.add(regime)
@@ -163,7 +161,7 @@ def test_regimes_give_the_same_bits(
                 ):
                     assert same(x, y), f"{name} {rows} {V} {H}: {place} differs"
     # A device that is not Hopper has two of them.
-    assert found in ({"resident", "tiled"}, set(REGIMES))
+    assert found in ({"resident", "tiled"}, set(CUDA_REGIMES))
 
 
 @needs_kernels

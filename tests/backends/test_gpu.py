@@ -143,19 +143,6 @@ def test_the_bits_of_the_cpu(
     assert_agree(size, kind, precision, backend, DEVICE)
 
 
-@pytest.mark.skipif("cuda" not in ON_GPU, reason="the cuda backend does not run here")
-@pytest.mark.parametrize("precision", ["highest", "high"])
-@pytest.mark.parametrize("size", [(1000, 60, 40), (300, 784, 500), (2000, 300, 1030)])
-@pytest.mark.parametrize("regime", ["resident", "cluster", "tiled", "tiled_sm90a"])
-def test_every_regime_has_the_bits_of_the_cpu(
-    regime: str, size: tuple[int, int, int], precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Forced where the model fits it; elsewhere the tiled kernels run."""
-    monkeypatch.setenv("RBM_KERNELS_CUDA_REGIME", regime)
-    for kind in ("binary", "grey"):
-        assert_agree(size, kind, precision, "cuda", DEVICE)
-
-
 @pytest.mark.skipif("triton" not in ON_GPU, reason="the triton backend does not run here")
 @each_kind
 @pytest.mark.parametrize("tile", [0, 1, 2])

@@ -49,6 +49,8 @@ ON_GPU = [
     name for name in ("triton", "cuda") if name not in EMULATED and not why_not_on(name, "cuda:0")
 ]
 GPU_BACKENDS = [*EMULATED, *ON_GPU]
+# The cuda backend's regimes, as RBM_KERNELS_CUDA_REGIME names them (docs/gpu.md).
+CUDA_REGIMES = ("resident", "cluster", "tiled", "tiled_sm90a")
 
 _cpu_mark = pytest.mark.skipif(not CPU_RUNS, reason=f"cpu: {unavailable('cpu')}")
 BACKENDS = ["reference", pytest.param("cpu", marks=_cpu_mark), *GPU_BACKENDS]
