@@ -15,6 +15,7 @@ import functools
 import itertools
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -541,7 +542,7 @@ def table(line: Line, rates: Mapping[str, float]) -> str:
 
 
 def environment(device: Device) -> dict[str, str]:
-    """What the figures were measured on."""
+    """What the figures were measured on, asked while the GPU's clocks are those of work."""
     found = host_environment()
     if device.gpu:
         properties = torch.cuda.get_device_properties(device.name)
@@ -550,8 +551,24 @@ def environment(device: Device) -> dict[str, str]:
             "multiprocessors": str(properties.multi_processor_count),
             "l2_bytes": str(device.l2_bytes),
             "cuda": str(torch.version.cuda),
+            "clocks": clocks(),
         }
+    if "cuda" in device.backends:
+        where = torch.device(device.name)
+        counts = {blocks: cuda.clusters_on(where, blocks, 2) for blocks in (1, 2, 4, 8, 16)}
+        words = (f"{count} of {blocks} blocks" for blocks, count in counts.items())
+        found["clusters_at_once"] = ", ".join(words)
     return found
+
+
+def clocks() -> str:
+    """The GPU's clocks as nvidia-smi reads them."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown: {error}"
+    return done.stdout.strip()
 
 
 def unusable(backends: Iterable[str], device: str) -> dict[str, str]:
@@ -581,6 +598,8 @@ def load(path: Path, device: Device, sizes: Sizes) -> dict[str, Any]:
         return found
     rates = ceilings(device, sizes.copy_bytes, sizes.product)
     found = {"environment": environment(device), "ceilings": rates, "lines": {}}
+    print(*(f"{name}: {value}" for name, value in found["environment"].items()), sep="\n")
+    print(*(f"{name}: {rate:.4g}" for name, rate in rates.items()), sep="\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -590,7 +609,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 1 if a backend of ours failed or computed other bits than cpu."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("results", type=Path, help="folder for bench_gpu.json")
-    parser.add_argument("--only", nargs="+", choices=list(LINES), default=list(LINES))
+    parser.add_argument("--only", nargs="*", metavar="LINE", help=", ".join(LINES))
     parser.add_argument(
         "--backends", nargs="+", choices=["cpu", "cuda", "triton"],
         help="what is measured; the lines are then named after them, as in 'small of triton'",
@@ -605,8 +624,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, sizes, wanted = ("cuda", FULL, ["cuda", "triton"])
     if options.dry_run:
         name, sizes, wanted = ("cpu", TINY, ["cpu"])
+    words = list(LINES) if options.only is None else options.only
+    if unknown := set(words) - set(LINES):
+        parser.error(f"lines are {', '.join(LINES)}, got {', '.join(sorted(unknown))}")
     if options.once:
-        for word in options.only:
+        for word in words:
             call_once(word, sizes, name)
         return 0
     wanted = options.backends or wanted
@@ -616,7 +638,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path, lines = options.results / "bench_gpu.json", []
     with torch.no_grad(), bench.torch_settings(None, "highest"):
         found = load(path, device, sizes)
-        for word in options.only:
+        for word in words:
             line = LINES[word](device, sizes, options.seconds)
             lines.append(line)
             found["lines"][word + suffix] = record(line, found["ceilings"])

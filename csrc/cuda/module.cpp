@@ -158,6 +158,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("regime", &regime, py::arg("rows"), py::arg("n_visible"), py::arg("n_hidden"),
         py::arg("sweeps"), py::arg("digits"), py::arg("gaussian"), py::arg("device"),
         "How that many chains and sweeps would be run on a device, in words.");
+  m.def("clusters_on_device", &clusters_on_device, py::arg("device"), py::arg("blocks"),
+        py::arg("digits"), py::arg("gaussian"),
+        "How many clusters of that many blocks a device runs at once.");
   m.def("device_count", &py_device_count,
         "How many CUDA devices there are, and the driver's words where there is none.");
   m.def("error_string", &error_string, py::arg("status"));

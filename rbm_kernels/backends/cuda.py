@@ -88,6 +88,12 @@ def regime(
     return name
 
 
+def clusters_on(device: torch.device, blocks: int, digits: int, gaussian: bool = False) -> int:
+    """How many clusters of that many blocks run at once on a device; 0 where there are none."""
+    count: int = _built().clusters_on_device(device.index or 0, blocks, digits, gaussian)
+    return count
+
+
 def _built() -> ModuleType:
     assert _module is not None
     return _module

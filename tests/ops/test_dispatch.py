@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.operations import everything, operands
 from support.tensors import binary, normal, same
 
 import rbm_kernels as rk
@@ -43,16 +46,20 @@ def test_every_operation_is_registered_under_its_name() -> None:
     assert registered() == set(operations())
 
 
-@pytest.mark.parametrize("name", operations())
-def test_every_operation_is_dispatched_in_one_place(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A new operation that chose its backend elsewhere would never be tested on a GPU."""
-    asked = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operations for which a backend is chosen during a test, in their order."""
+    names: list[str] = []
     select = _dispatch.select
     monkeypatch.setattr(
-        _dispatch, "select", lambda op, *rest: asked.append(op) or select(op, *rest)
+        _dispatch, "select", lambda op, *rest: names.append(op) or select(op, *rest)
     )
+    return names
+
+
+@pytest.mark.parametrize("name", operations())
+def test_every_operation_is_dispatched_in_one_place(name: str, asked: list[str]) -> None:
+    """A new operation that chose its backend elsewhere would never be tested on a GPU."""
     function = operations()[name]
     needed = [
         parameter.name
@@ -61,6 +68,23 @@ def test_every_operation_is_dispatched_in_one_place(
     ]
     function(**{argument: ARGUMENTS[argument] for argument in needed}, backend="reference")
     assert asked == [name]
+
+
+@pytest.mark.parametrize("kind", ["binary", "gaussian"])
+def test_no_operation_misses_the_bit_tests(kind: str, asked: list[str]) -> None:
+    """Which run `everything` in each regime and on every backend, on a GPU too."""
+    everything(operands(3, 5, 4, kind), "reference", "highest")
+    assert set(asked) == set(operations())
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_no_operation_misses_the_sanitizer(
+    gaussian: bool, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    cases = importlib.import_module("gpu_small_cases")
+    cases.run("reference", "cpu", (3, 5, 4), gaussian)
+    assert set(asked) == set(operations())
 
 
 def test_nothing_else_chooses_a_backend() -> None:

@@ -56,12 +56,13 @@ def everything(
     held = rk.gibbs_sample(v, W, b, c, 2, clamp=t["mask"], **real, **common)
     cd = rk.cd_step(v, W, b, c, 2, **real, **common)
     pcd = rk.cd_step(v, W, b, c, 1, chains=t["chains"], **real, **common)
+    loss = rk.cd_loss(v, W, b, c, 1, **real, **common)
     F = rk.free_energy(v, W, b, c, beta=0.9, **real, backend=backend, precision=precision)
     states = [up[0], down[0], free, held, cd.chains, pcd.chains]
     results = [up[1], down[1], F]
     results += [g for step in (cd, pcd) for g in step[:4] if g is not None]
     results += [F for step in (cd, pcd) for F in (step.free_energy_data, step.free_energy_chain)]
-    return states, results
+    return states, [*results, loss]
 
 
 def assert_agree(

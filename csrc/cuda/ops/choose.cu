@@ -139,6 +139,13 @@ std::string regime(int64_t rows, int n_visible, int n_hidden, int64_t sweeps, in
   return words;
 }
 
+int clusters_on_device(int device, int blocks, int digits, bool gaussian) {
+  Device found{};
+  if (device_of(device, found) || found.capability != 90) return 0;
+  const CurrentDevice current(device);
+  return clusters_at_once(digits, blocks, found.shared_bytes, gaussian);
+}
+
 int device_count(std::string& error) {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);

@@ -82,6 +82,10 @@ int cd_step(const CdStep& a, Call& call);
 std::string regime(int64_t rows, int n_visible, int n_hidden, int64_t sweeps, int digits,
                    bool gaussian, int device);
 
+// How many clusters of so many blocks, each with all the memory it may have, a device runs at once;
+// 0 where it runs none.
+int clusters_on_device(int device, int blocks, int digits, bool gaussian);
+
 // How many devices there are; where none can be used, 0 and the driver's words.
 int device_count(std::string& error);
 const char* error_string(int status);
