@@ -600,9 +600,16 @@ def load(path: Path, device: Device, sizes: Sizes) -> dict[str, Any]:
     found = {"environment": environment(device), "ceilings": rates, "lines": {}}
     print(*(f"{name}: {value}" for name, value in found["environment"].items()), sep="\n")
     print(*(f"{name}: {rate:.4g}" for name, rate in rates.items()), sep="\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    save(path, found)
     return found
+
+
+def save(path: Path, found: dict[str, Any]) -> None:
+    """Write the file as a whole, as the process may be killed at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    part.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -642,7 +649,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             line = LINES[word](device, sizes, options.seconds)
             lines.append(line)
             found["lines"][word + suffix] = record(line, found["ceilings"])
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            save(path, found)
             print(table(line, found["ceilings"]), flush=True)
     for backend, reason in reasons.items():
         print(f"{backend} was not measured: {reason}")

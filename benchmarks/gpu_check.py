@@ -29,11 +29,13 @@ build also setuptools, pybind11, ninja and nvcc.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,7 +87,7 @@ class Step:
         command: The program and its arguments. It runs in tests/, so that Python finds the
             installed package and not the checkout's folder.
         variables: What the environment has beside what all steps have.
-        must_pass: Whether the check fails if it does.
+        must_pass: Whether the check fails if the step does.
     """
 
     name: str
@@ -110,8 +112,8 @@ def execute(step: Step, seconds: float, variables: dict[str, str]) -> tuple[str,
     for number, grace in ((None, seconds), *ENDING):
         if number is not None:
             hung = True
-            # To all that it started, too.
-            os.killpg(process.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)  # and all that it started
         try:
             output, _ = process.communicate(timeout=grace)
             break
@@ -137,6 +139,7 @@ class Check:
         self.results, self.variables = results, variables
         self.deadline = time.monotonic() + limit
         self.failed: list[str] = []
+        self.one_at_a_time = threading.Lock()  # writes
         results.mkdir(parents=True, exist_ok=True)
         (results / "summary.txt").write_text("")
 
@@ -162,12 +165,13 @@ class Check:
                 status, words = execute(step, seconds, self.variables)
             except OSError as error:  # the program is not there, say
                 status = f"failed ({error})"
-        with open(self.results / step.log, "a") as log:
-            log.write(f"\n==== {step.name}: {' '.join(step.command)}\n{words}")
-        print(f"\n==== {step.name}", *words.splitlines()[-25:], sep="\n")
-        if status != "passed" and step.must_pass:
-            self.failed.append(step.name)
-        self.tell(step.name, f"{status}, {time.monotonic() - start:.0f} s")
+        with self.one_at_a_time:
+            with open(self.results / step.log, "a") as log:
+                log.write(f"\n==== {step.name}: {' '.join(step.command)}\n{words}")
+            print(f"\n==== {step.name}", *words.splitlines()[-25:], sep="\n")
+            if status != "passed" and step.must_pass:
+                self.failed.append(step.name)
+            self.tell(step.name, f"{status}, {time.monotonic() - start:.0f} s")
         return step.name, status
 
 
@@ -181,9 +185,13 @@ class Plan:
 
     def __init__(self, results: Path, dry_run: bool) -> None:
         self.results, self.dry_run = results, dry_run
+        self.peer = "cpu" if dry_run else "triton"
 
     def line(self, word: str, seconds: float, backend: str, name: str) -> Step:
-        """One line of bench_gpu.py, or, without a word, what it begins with."""
+        """One line of bench_gpu.py, or, without a word, what it begins with.
+
+        Either fails where the backend cannot run, as the tests do not, which are skipped then.
+        """
         command = [PYTHON, str(ROOT / "benchmarks" / "bench_gpu.py"), str(self.results)]
         command += ["--backends", backend, "--only", *([word] if word else [])]
         if self.dry_run:
@@ -230,7 +238,7 @@ class Plan:
             command = [PYTHON, str(ROOT / "benchmarks" / "bench_gpu.py"), str(self.results)]
             command += ["--once", "--only", word, *(["--dry-run"] if self.dry_run else [])]
             ncu = ["ncu", "--clock-control", "none", "--set", "full", "--launch-count", "1"]
-            ncu += ["--kernel-name", f"regex:^{kernel}"]
+            ncu += ["--kernel-name", f"regex:{kernel}"]
             command = command if self.dry_run else ncu + command
             steps.append(Step(f"profile of {kernel}", "profile.txt", PROFILE_SECONDS, command))
         return steps
@@ -240,16 +248,17 @@ class Plan:
         which = ["ops", "backends", "-k", "(cuda or test_gpu or test_regimes) and not triton"]
         if self.dry_run:
             which = ["backends/test_regimes.py", "-k", "resident"]
-        return [self.pytest("tests of cuda", "tests.log", 300, *self.in_workers(4), *which)]
+        tests = self.pytest("tests of cuda", "tests.log", 300, *self.in_workers(4), *which)
+        return [self.line("", 30, "cuda", "cuda can run"), tests]
 
     def triton(self) -> list[Step]:
         """The bit tests of the triton backend, in workers that run nothing of cuda."""
         which = ["ops", "backends", "-k", "triton and not compiled and not interpreted"]
         if self.dry_run:
             which += ["--collect-only"]
-        untuned = ["-p", "support.untuned"]
-        workers = self.in_workers(8)
-        return [self.pytest("tests of triton", "tests.log", 240, *workers, *untuned, *which)]
+        options = [*self.in_workers(8), "-p", "support.untuned"]
+        tests = self.pytest("tests of triton", "tests.log", 240, *options, *which)
+        return [self.line("", 30, self.peer, f"{self.peer} can run"), tests]
 
     @staticmethod
     def in_workers(number: int) -> list[str]:
@@ -259,9 +268,8 @@ class Plan:
 
     def peers(self) -> list[Step]:
         """The lines of triton, and torch.compile beside cuda."""
-        backend = "cpu" if self.dry_run else "triton"
         steps = [
-            self.line(word, seconds, backend, f"figures of {word}, {backend}")
+            self.line(word, seconds, self.peer, f"figures of {word}, {self.peer}")
             for word, seconds in TRITON_FIGURES.items()
         ]
         return [*steps, self.line("compiled", COMPILED_SECONDS, "cuda", "figures of compiled")]
@@ -313,7 +321,8 @@ def run_stages(check: Check, plan: Plan, stages: Sequence[str]) -> None:
                 check.tell(f"figures of {regime}", "left out: its bits hung")
             check.run(plan.figures(hung))
         else:
-            check.run(getattr(plan, stage)())
+            # Several sanitizers do not mind each other; figures would.
+            check.run(getattr(plan, stage)(), at_once=3 if stage == "sanitizer" else 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
