@@ -37,7 +37,6 @@ _COS = (
 )
 
 
-@torch.compiler.assume_constant_result
 def digits_of(op: str, precision: str | None) -> int:
     """Base-256 digits of a fixed-point operand: 3 for ``highest``, 2 for ``high`` and ``medium``.
 
@@ -57,6 +56,11 @@ def digits_of(op: str, precision: str | None) -> int:
     if name in ("high", "medium"):
         return 2
     raise ValueError(f"{op}: precision must be 'highest', 'high' or 'medium', got {precision!r}")
+
+
+# All that torch.compiler.assume_constant_result does, which would import the compiler, and with it
+# triton, whenever this package is imported.
+digits_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

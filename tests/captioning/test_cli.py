@@ -38,6 +38,10 @@ from rbm_kernels import RBM
 
 SHORT = ["--variant", "0", "--width", "16", "--layers", "1", "--heads", "2", "--min-count", "1"]
 SHORT += ["--epochs", "2", "--batch-size", "8"]
+# Of a new process: the packages where they are installed, and the repository behind them.
+SITE = Path(blip_integration.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SITE), str(ROOT)])}
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +97,7 @@ def test_help_is_fast():
         "    except SystemExit as exit: assert exit.code == 0\n"
         "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     )
-    root = str(Path(blip_integration.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.count(b"usage: python -m benchmarks.captioning") == 8
 
@@ -184,10 +186,9 @@ def test_a_process_says_captions_and_nothing_else(data, tmp_path):
     apply_rbm_to_blip(small, RBM(width, 3, "gaussian"), strength=0.5)
     save_captioner(small, processor, tmp_path / "small")
     command = [sys.executable, "-m", "benchmarks.captioning", "caption", pictures(data)[0]]
-    root = str(Path(blip_integration.__file__).parents[1])
     done = subprocess.run(
         [*command, "--model", str(tmp_path / "small")],
-        env={**os.environ, "PYTHONPATH": root},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
