@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import BlipForConditionalGeneration
 
 from rbm_kernels import RBM
+from rbm_kernels.inputs import as_states
 from rbm_kernels.training import ContrastiveDivergence, DrawOptions, optimize
 
 from .gated_residual import CLS_TOKENS, ClsToken, GatedResidual, RBMReconstructor
@@ -43,7 +44,8 @@ class TokenStream:
 
     Args:
         features: [N, L, D] or, with one token an image, [N, D]: a tensor, or whatever has
-            ``shape`` and slices of rows, such as a numpy memmap or a ``FeatureCache``.
+            ``shape`` and slices of rows, such as a numpy memmap or a ``FeatureCache``. Tables,
+            lists and sparse matrices become a tensor first (see ``rbm_kernels.inputs``).
         tokens: ``"all"``, ``"cls"`` (token 0) or ``"patches"`` (the others).
         held_out: The share of the images that no epoch visits, in [0, 1). Unless it is 0, one image
             or more is held out where there are two or more.
@@ -55,6 +57,7 @@ class TokenStream:
         scale: Their standard deviation [D], float32; 1 where a feature never changes.
 
     Raises:
+        TypeError: Features that are no numbers.
         ValueError: A wrong shape or value, or features that are not finite; the message says which.
 
     Example:
@@ -72,6 +75,7 @@ class TokenStream:
         block: int = 256,
         seed: int = 0,
     ) -> None:
+        features = _rows_of("TokenStream", "features", features)
         shape = tuple(features.shape)
         if len(shape) not in (2, 3):
             raise ValueError(
@@ -197,6 +201,22 @@ class TokenStream:
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def _rows_of(where: str, name: str, features: Any) -> Any:
+    """What has a shape and gives slices of rows stays as it is, unread; all else becomes a tensor.
+
+    Raises:
+        TypeError: What is given are no numbers.
+    """
+    sliced = hasattr(features, "shape") and not (
+        hasattr(features, "to_numpy") or hasattr(features, "toarray")
+    )
+    if isinstance(features, np.ndarray):
+        sliced = features.dtype.kind in "buif" and not isinstance(features, np.ma.MaskedArray)
+    if sliced and not isinstance(features, Tensor):
+        return features
+    return as_states(where, name, features)
 
 
 def _float32(values: Any) -> Tensor:

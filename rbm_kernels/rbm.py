@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from . import textbook
 from .files import WEIGHTS_FILE, HubMixin, SavedModel, pretrained_file, read_model, write_model
+from .inputs import as_rows
+from .ops._checks import states
 from .ops.cd import cd_loss, cd_step
 from .ops.free_energy import free_energy
 from .ops.gibbs import gibbs_sample
@@ -151,20 +153,18 @@ class RBM(
         Spin: half the log-odds of 1, smoothed likewise.
 
         Args:
-            v: Data [N, V], N of 1 or more, on any device: bool, uint8 or any float dtype. In
-                [0, 1] for Bernoulli units, finite for Gaussian ones, -1 or 1 for spins.
+            v: Data [N, V], N of 1 or more: a tensor on any device, a NumPy array, a table or
+                lists (see ``rbm_kernels.inputs``). In [0, 1] for Bernoulli units, finite for
+                Gaussian ones, -1 or 1 for spins.
 
         Returns:
             The model itself.
 
         Raises:
+            TypeError: Data of another kind.
             ValueError: A wrong shape, no rows, NaN, or values out of range.
         """
-        if v.ndim != 2 or v.shape[1] != self.n_visible:
-            raise ValueError(
-                f"initialize_from_data: v must be [N, V] = [N, {self.n_visible}], "
-                f"got {list(v.shape)}"
-            )
+        v = as_rows("initialize_from_data", "v", v, self.n_visible)
         if v.shape[0] < 1:
             raise ValueError("initialize_from_data: v must have 1 or more rows, got 0")
         if v.is_floating_point() and not bool(torch.isfinite(v).all()):
@@ -190,13 +190,16 @@ class RBM(
 
         See ``initialize_from_data`` for what is computed and raised.
         """
-        if v.ndim != 2:
-            raise ValueError(f"from_data: v must be [N, V], got {list(v.shape)}")
+        v = as_rows("from_data", "v", v)
         model = cls(v.shape[1], n_hidden, visible, device=device, dtype=dtype)
         return model.initialize_from_data(v)
 
     def forward(self, v: Tensor) -> Tensor:
-        """The probabilities p(h = 1 | v) [B, H] of data [B, V]: plain, differentiable PyTorch."""
+        """The probabilities p(h = 1 | v) [B, H] of data [B, V]: plain, differentiable PyTorch.
+
+        Unlike the operations it does not look at the values of v, which may be anything.
+        """
+        v = states("forward", "v", v, self.n_visible, "V", self.W)
         return textbook.hidden_mean(v.to(self.W.dtype), self.W, self.c, self.units)
 
     def reconstruct(self, v: Tensor, *, sampled: bool = False, **draw: Any) -> Tensor:
@@ -288,13 +291,14 @@ class RBM(
             own = seed
             if isinstance(seed, Tensor):
                 own = resolve("sample", seed, options.get("generator"), self.W.device).clone()
-            drawn = sample_visible(off, self.W, self.b, **self._kind, seed=own, **start)
+            first = sample_visible(off, self.W, self.b, **self._kind, seed=own, **start)
             own = later(own, 1)
-            states = gibbs_sample(
-                drawn, self.W, self.b, self.c, k, **self._kind, seed=own, **options
+            drawn = gibbs_sample(
+                first, self.W, self.b, self.c, k, **self._kind, seed=own, **options
             )
             advance(seed, 2 * k + 1)
-            return states
+            return drawn
+        chains = states("sample", "chains", chains, self.n_visible, "V", self.W)
         return gibbs_sample(chains, self.W, self.b, self.c, k, **self._kind, seed=seed, **options)
 
     @overload

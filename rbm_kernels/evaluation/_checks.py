@@ -6,6 +6,8 @@ in float64.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,12 +49,23 @@ def in_float64(
 
 
 def vector(where: str, name: str, x: Tensor, letter: str, size: int) -> None:
-    """A parameter of a layer must be [size]."""
+    """A parameter of a layer must be a tensor [size] of a float dtype."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{where}: {name} must be a tensor of a float dtype, got {got}")
     if x.shape != (size,):
         raise ValueError(f"{where}: {name} must be [{letter}] = [{size}], got {list(x.shape)}")
 
 
-def rows(where: str, v: Tensor, W: Tensor, units: Units) -> None:
-    """Visible states must be [B, V], of values that the units take."""
-    _checks.states(where, "v", v, W.shape[0], "V", W)
-    units.check(where, "v", v)
+def rows(where: str, name: str, v: Any, W: Tensor, units: Units) -> Tensor:
+    """Visible states must be [B, V], finite, of values that the units take."""
+    v = _checks.states(where, name, v, W.shape[0], "V", W)
+    values(where, name, v, units)
+    return v
+
+
+def values(where: str, name: str, v: Tensor, units: Units) -> None:
+    """Visible states must be finite, and of values that the units take."""
+    if not torch.isfinite(v).all():
+        raise ValueError(f"{where}: {name} must be finite, got NaN or infinite values")
+    units.check(where, name, v)

@@ -151,7 +151,7 @@ def reverse_ais(
         ``log_z`` is minus the log of the mean of exp(-log_weights).
     """
     path = _Path.check("reverse_ais", W, b, c, log_var, visible, base_visible_bias, base_log_var)
-    _checks.rows("reverse_ais", v, W, path.units)
+    v = _checks.rows("reverse_ais", "v", v, W, path.units)
     schedule = _schedule("reverse_ais", betas)
     if v.shape[0] < 1:
         raise ValueError("reverse_ais: v must have at least one row, got an empty batch")

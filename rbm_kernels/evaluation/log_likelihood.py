@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rbm_kernels.inputs import as_rows
 from rbm_kernels.textbook import BERNOULLI, free_energy
 
 from . import _checks
@@ -46,10 +47,12 @@ def log_likelihood(
         [B] float64.
 
     Raises:
-        ValueError: A wrong shape, or parameters that are not finite.
+        TypeError: An argument of another kind (see ``rbm_kernels.inputs``).
+        ValueError: A wrong shape, values that are not finite, or rows of values that the units do
+            not take.
     """
     W, b, c, units = _checks.in_float64("log_likelihood", W, b, c, log_var, visible)
-    _checks.rows("log_likelihood", v, W, units)
+    v = _checks.rows("log_likelihood", "v", v, W, units)
     energies = torch.cat([free_energy(rows.double(), W, b, c, units) for rows in v.split(chunk)])
     return -energies - torch.as_tensor(log_z, dtype=torch.float64, device=W.device)
 
@@ -61,7 +64,13 @@ def log_odds(v: Tensor, pseudo_count: float = 1.0) -> Tensor:
         v: [B, V] in [0, 1].
         pseudo_count: Added to the rows in which a unit is on and to those in which it is off, so
             that a constant unit's log-odds stay finite.
+
+    Raises:
+        TypeError: Data of another kind (see ``rbm_kernels.inputs``).
+        ValueError: A wrong shape, or values that are not finite or lie outside [0, 1].
     """
+    v = as_rows("log_odds", "v", v)
+    _checks.values("log_odds", "v", v, BERNOULLI)
     on = v.sum(0, dtype=torch.float64) + pseudo_count
     off = v.shape[0] - on + 2 * pseudo_count
     return (on / off).log().float()
@@ -73,7 +82,15 @@ def independent_log_likelihood(v: Tensor, visible_bias: Tensor) -> Tensor:
     Args:
         v: [B, V] binary.
         visible_bias: [V], from ``log_odds`` of the training data.
+
+    Raises:
+        TypeError: Arguments of another kind (see ``rbm_kernels.inputs``).
+        ValueError: A wrong shape, or values that are not finite or lie outside [0, 1].
     """
+    where = "independent_log_likelihood"
+    v = as_rows(where, "v", v)
+    _checks.values(where, "v", v, BERNOULLI)
+    _checks.vector(where, "visible_bias", visible_bias, "V", v.shape[1])
     x = visible_bias.double()
     return v.double() @ x - BERNOULLI.log_partition(x, x).sum()
 
@@ -135,11 +152,18 @@ def evaluate(
         Mean log-likelihoods of both sets of rows, and what they rest on.
 
     Raises:
-        ValueError: A model of other visible units; the estimates themselves take all kinds.
+        TypeError: Data of another kind (see ``rbm_kernels.inputs``).
+        ValueError: A model of other visible units (the estimates themselves take all kinds), rows
+            of a wrong shape, or values that are not finite or lie outside [0, 1].
     """
     if model.visible != "bernoulli":
         raise ValueError(f"evaluate: model must have Bernoulli units, got {model.visible!r}")
     weights = (model.W.detach(), model.b.detach(), model.c.detach())
+    # All that is given is looked at before hours of annealing.
+    data = _checks.rows("evaluate", "data", data, model.W, BERNOULLI)
+    held_out = _checks.rows("evaluate", "held_out", held_out, model.W, BERNOULLI)
+    if chains is not None:
+        chains = _checks.rows("evaluate", "chains", chains, model.W, BERNOULLI)
     bias = log_odds(data)
     estimate = reverse = None
     if min(model.n_visible, model.n_hidden) <= exact_units:

@@ -62,7 +62,7 @@ def pseudo_likelihood(
             takes.
     """
     W, b, c, kind = _checks.in_float64("pseudo_likelihood", W, b, c, None, visible)
-    _checks.rows("pseudo_likelihood", v, W, kind)
+    v = _checks.rows("pseudo_likelihood", "v", v, W, kind)
     if units not in ("all", "random"):
         raise ValueError(f"pseudo_likelihood: units must be 'all' or 'random', got {units!r}")
     if (binary := kind.change) is not None:

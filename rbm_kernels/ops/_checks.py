@@ -6,7 +6,10 @@ The checks hand back what they looked at in the form in which backends take it.
 from __future__ import annotations
 
 import math
+import operator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,14 +17,15 @@ from rbm_kernels import seeds
 from rbm_kernels.arguments import Beta, Draw, Model
 from rbm_kernels.arithmetic import digits_of
 from rbm_kernels.backends import require
+from rbm_kernels.inputs import FLOATS, STATES, as_states
 from rbm_kernels.units import Units, visible_units
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_STATES = (*_FLOATS, torch.bool, torch.uint8)
 
 
 def _not_a_tensor(op: str, name: str, value: object) -> TypeError:
-    return TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    return TypeError(
+        f"{op}: {name} must be a tensor, got {type(value).__name__}: parameters are not converted, "
+        f"use torch.as_tensor"
+    )
 
 
 def weight(op: str, W: Tensor) -> None:
@@ -30,7 +34,7 @@ def weight(op: str, W: Tensor) -> None:
         raise _not_a_tensor(op, "W", W)
     if W.dim() != 2:
         raise ValueError(f"{op}: W must be [V, H], got {list(W.shape)}")
-    if W.dtype not in _FLOATS:
+    if W.dtype not in FLOATS:
         raise TypeError(f"{op}: W must be float32, float64, bfloat16 or float16, got {W.dtype}")
     if W.is_meta:
         raise ValueError(f"{op}: W must hold data, got a tensor on device 'meta'")
@@ -61,13 +65,13 @@ def model(
     c: Tensor,
     log_var: Tensor | None,
     visible: str | None,
-) -> Model:
+) -> tuple[Tensor, Model]:
     """Visible states and the parameters of a whole RBM."""
     weight(op, W)
     n_visible, n_hidden = W.shape
     units = visible_units(log_var, visible, op)
     try:
-        states(op, "v", v, n_visible, "V", W)
+        v = states(op, "v", v, n_visible, "V", W)
         dtype, device = W.dtype, W.device
         vector(op, "b", b, n_visible, "V", dtype, device)
         vector(op, "c", c, n_hidden, "H", dtype, device)
@@ -76,7 +80,7 @@ def model(
         transposed(op, W, b, c)
         raise
     units.check(op, "v", v)
-    return Model(W, b, c, units)
+    return v, Model(W, b, c, units)
 
 
 def unit_parameters(
@@ -87,18 +91,21 @@ def unit_parameters(
         vector(op, name, parameter, n_units, "V", dtype, device)
 
 
-def states(op: str, name: str, value: Tensor, units: int, layer: str, W: Tensor) -> None:
-    """States of a layer: [B, units], bool, uint8 or floating point."""
-    if not isinstance(value, Tensor):
-        raise _not_a_tensor(op, name, value)
+def states(op: str, name: str, value: Any, units: int, layer: str, W: Tensor) -> Tensor:
+    """States of a layer: [B, units], of a kind that ``inputs.as_states`` takes."""
+    if (
+        not isinstance(value, Tensor)
+        or value.dtype not in STATES
+        or value.layout is not torch.strided
+    ):
+        value = as_states(op, name, value, W.device)
     if value.dim() != 2 or value.shape[1] != units:
         raise ValueError(
             f"{op}: {name} must be [B, {layer}] = [B, {units}], got {list(value.shape)}"
         )
-    if value.dtype not in _STATES:
-        raise TypeError(f"{op}: {name} must be bool, uint8 or floating point, got {value.dtype}")
     if value.device != W.device:
         raise ValueError(f"{op}: {name} must be on W's device {W.device}, got {value.device}")
+    return value
 
 
 def vector(
@@ -143,12 +150,24 @@ def written(op: str, name: str, value: Tensor) -> None:
         )
 
 
-def sweeps(op: str, k: int) -> None:
+def integer(op: str, name: str, value: Any) -> int:
+    """An int, or what counts as one, such as an integer of NumPy."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        if not isinstance(value, (bool, np.bool_)):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+
+
+def sweeps(op: str, k: Any) -> int:
     """k must be a positive int."""
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"{op}: k must be an int, got {type(k).__name__}")
+    k = integer(op, "k", k)
     if k < 1:
         raise ValueError(f"{op}: k must be at least 1, got {k}")
+    return k
 
 
 def draw(
@@ -166,8 +185,7 @@ def draw(
     This check comes last of all: without a seed it advances the generator, which nothing gives
     back. What depends on values, and whether the backend takes W's device, is found out later.
     """
-    if isinstance(chain_offset, bool) or not isinstance(chain_offset, int):
-        raise TypeError(f"{op}: chain_offset must be an int, got {type(chain_offset).__name__}")
+    chain_offset = integer(op, "chain_offset", chain_offset)
     if not 0 <= chain_offset < 2**32:
         raise ValueError(f"{op}: chain_offset must be in [0, 2^32), got {chain_offset}")
     digits = digits_of(op, precision)
@@ -198,7 +216,7 @@ def temperature(op: str, beta: Beta, rows: int, W: Tensor, drawn: Units | None =
                 raise ValueError(f"{op}: beta must be finite and {_sign(drawn)}, got {worst}")
         return beta.float().contiguous()
     if not isinstance(beta, (int, float)):
-        raise TypeError(f"{op}: beta must be a float or a tensor [B], got {type(beta).__name__}")
+        return temperature(op, as_states(op, "beta", beta, W.device), rows, W, drawn)
     if not (math.isfinite(beta) and (beta > 0 if positive else beta >= 0)):
         raise ValueError(f"{op}: beta must be finite and {_sign(drawn)}, got {beta}")
     return float(beta)
@@ -214,7 +232,7 @@ def state_dtype(op: str, out_dtype: torch.dtype | None, W: Tensor, units: Units)
     """dtype of returned states: W's unless asked for; bytes cannot hold all kinds of state."""
     if out_dtype is None:
         return W.dtype
-    if out_dtype not in _STATES:
+    if out_dtype not in STATES:
         raise TypeError(f"{op}: out_dtype must be a float dtype, uint8 or bool, got {out_dtype}")
     if not (units.fits_bytes or out_dtype.is_floating_point):
         raise TypeError(

@@ -71,7 +71,8 @@ def cd_step(
     persistent CD, Tieleman 2008).
 
     Args:
-        v: [B, V] data, B at least 1: bool, uint8 or floating point, binary or real.
+        v: [B, V] data, B at least 1, binary or real: a tensor, a NumPy array, a table or lists
+            (see ``rbm_kernels.inputs``).
         W: [V, H] weights.
         b: [V] visible biases.
         c: [H] hidden biases.
@@ -90,7 +91,7 @@ def cd_step(
 
     Returns:
         A ``CDStep``; gradients in W's dtype (or the buffers of ``out``), chains in the dtype of
-        ``chains``, or W's.
+        ``chains`` (float32 for integers other than uint8), or W's.
 
     Raises:
         TypeError: An argument of the wrong kind or dtype.
@@ -106,7 +107,7 @@ def cd_step(
         tensor([1., 1., 1.])
     """
     op = "cd_step"
-    model = _check(op, v, W, b, c, k, chains, log_var, visible)
+    v, model, k, chains = _check(op, v, W, b, c, k, chains, log_var, visible)
     if out is not None:
         _check_out(op, out, W, model.units)
     elif accumulate:
@@ -159,7 +160,7 @@ def cd_loss(
     ``v``.
 
     Args:
-        chains: [N, V] persistent chains, advanced in place (unlike ``cd_step``'s).
+        chains: [N, V] persistent chains, a tensor that is advanced in place (unlike ``cd_step``'s).
 
     The other arguments and errors are those of ``cd_step``.
 
@@ -167,15 +168,13 @@ def cd_loss(
         0-dim tensor, float32.
     """
     op = "cd_loss"
-    model = _check(op, v, W, b, c, k, chains, log_var, visible)
+    v, model, k, start = _check(op, v, W, b, c, k, chains, log_var, visible)
     if chains is not None:
-        if chains.requires_grad:
-            raise ValueError(f"{op}: chains are advanced in place and must not require grad")
-        _checks.written(op, "chains", chains)
+        _check_advances(op, chains, model.units)
     draw = _checks.draw(op, W, 1.0, seed, generator, chain_offset, backend, precision)
-    data, start = v, chains
+    data = v
     if (change := model.units.change) is not None:
-        start = None if chains is None else change.states(chains)
+        start = None if start is None else change.states(start)
         v, model = change.states(v), Model(*change.model(W, b, c), change.units)
     record = needs_grad(W, b, c, log_var)
     loss: Tensor
@@ -210,12 +209,12 @@ def _check(
     chains: Tensor | None,
     log_var: Tensor | None,
     visible: str | None,
-) -> Model:
-    model = _checks.model(op, v, W, b, c, log_var, visible)
+) -> tuple[Tensor, Model, int, Tensor | None]:
+    v, model = _checks.model(op, v, W, b, c, log_var, visible)
     if v.shape[0] == 0:
         raise ValueError(f"{op}: v must have at least one row to average over, got {list(v.shape)}")
     if chains is not None:
-        _checks.states(op, "chains", chains, W.shape[0], "V", W)
+        chains = _checks.states(op, "chains", chains, W.shape[0], "V", W)
         if not (model.units.fits_bytes or chains.is_floating_point()):
             raise TypeError(
                 f"{op}: chains of {model.units.label} units must be floating point, "
@@ -226,8 +225,24 @@ def _check(
                 f"{op}: chains must have at least one row to average over, got {list(chains.shape)}"
             )
         model.units.check(op, "chains", chains)
-    _checks.sweeps(op, k)
-    return model
+    return v, model, _checks.sweeps(op, k), chains
+
+
+def _check_advances(op: str, chains: Tensor, units: Units) -> None:
+    """Persistent chains must be able to hold the states that they are advanced to."""
+    if not isinstance(chains, Tensor) or chains.layout is not torch.strided:
+        got = f"layout {chains.layout}" if isinstance(chains, Tensor) else type(chains).__name__
+        raise TypeError(
+            f"{op}: chains are advanced in place and must be a dense tensor, got {got}: pass "
+            "torch.as_tensor(chains), and the same tensor again"
+        )
+    if not (units.fits_bytes or chains.is_floating_point()):
+        raise TypeError(
+            f"{op}: chains of {units.label} units must be floating point, got {chains.dtype}"
+        )
+    if chains.requires_grad:
+        raise ValueError(f"{op}: chains are advanced in place and must not require grad")
+    _checks.written(op, "chains", chains)
 
 
 def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, units: Units) -> None:

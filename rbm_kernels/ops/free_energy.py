@@ -35,7 +35,8 @@ def free_energy(
     kinds of visible units.
 
     Args:
-        v: [B, V] visible states: bool, uint8 or floating point, binary or real.
+        v: [B, V] visible states, binary or real: a tensor, a NumPy array, a table or lists (see
+            ``rbm_kernels.inputs``).
         W: [V, H] weights.
         b: [V] visible biases.
         c: [H] hidden biases.
@@ -61,7 +62,7 @@ def free_energy(
         tensor([-4.3863])
     """
     op = "free_energy"
-    model = _checks.model(op, v, W, b, c, log_var, visible)
+    v, model = _checks.model(op, v, W, b, c, log_var, visible)
     beta = _checks.temperature(op, beta, v.shape[0], W)
     value, betas = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
     if (change := model.units.change) is not None:

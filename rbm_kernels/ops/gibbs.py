@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rbm_kernels import seeds
 from rbm_kernels.arguments import Draw, Model
+from rbm_kernels.inputs import as_states
 from rbm_kernels.ops import _checks
 from rbm_kernels.ops._dispatch import define, run
 
@@ -34,7 +36,8 @@ def gibbs_sample(
     """Run k sweeps (hidden given visible, visible given hidden) from v in one call.
 
     Args:
-        v: [B, V] initial visible states: bool, uint8 or floating point.
+        v: [B, V] initial visible states: a tensor, a NumPy array, a table or lists (see
+            ``rbm_kernels.inputs``).
         W: [V, H] weights.
         b: [V] visible biases.
         c: [H] hidden biases.
@@ -69,8 +72,8 @@ def gibbs_sample(
         tensor([[1., 0., 1.]])
     """
     op = "gibbs_sample"
-    model = _checks.model(op, v, W, b, c, log_var, visible)
-    _checks.sweeps(op, k)
+    v, model = _checks.model(op, v, W, b, c, log_var, visible)
+    k = _checks.sweeps(op, k)
     dtype = _checks.state_dtype(op, out_dtype, W, model.units)
     beta = _checks.temperature(op, beta, v.shape[0], W, model.units)
     mask, values = _clamp(op, clamp, v)
@@ -85,23 +88,20 @@ def gibbs_sample(
     return states if change is None else change.restored(states)
 
 
-def _clamp(
-    op: str, clamp: Tensor | tuple[Tensor, Tensor] | None, v: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _clamp(op: str, clamp: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if clamp is None:
         return None, None
-    if isinstance(clamp, Tensor):
-        mask, values = clamp, None
-    elif isinstance(clamp, (tuple, list)) and len(clamp) == 2:
-        mask, values = clamp
-    else:
-        raise TypeError(f"{op}: clamp must be a mask or a pair (mask, values), got {clamp!r}")
+    pair = isinstance(clamp, (tuple, list)) and len(clamp) == 2
+    mask, values = clamp if pair else (clamp, None)
+    given, mask = mask, as_states(op, "clamp's mask", mask, v.device)
+    if mask.dtype != torch.bool:
+        got = getattr(given, "dtype", mask.dtype)
+        raise TypeError(
+            f"{op}: clamp's mask must be bool, got {got}: clamp is a mask or a pair (mask, values)"
+        )
+    if values is not None:
+        values = as_states(op, "clamp's values", values, v.device)
     shapes = (v.shape[1:], v.shape)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{op}: clamp's mask must be a bool tensor, got {got}")
-    if values is not None and not isinstance(values, Tensor):
-        raise TypeError(f"{op}: clamp's values must be a tensor, got {type(values).__name__}")
     for name, tensor in (("mask", mask), ("values", values)):
         if tensor is not None and tensor.shape not in shapes:
             raise ValueError(

@@ -68,7 +68,8 @@ def sample_hidden(
     """Draw the hidden units: h_j is on with probability sigmoid(beta (c_j + v'W_j)).
 
     Args:
-        v: [B, V] visible states: bool, uint8 or floating point, binary or real.
+        v: [B, V] visible states, binary or real: a tensor, a NumPy array, a table or lists (see
+            ``rbm_kernels.inputs``).
         W: [V, H] weights, any float dtype.
         c: [H] hidden biases.
         log_var: [V] log-variances; given exactly when the visible units are Gaussian, and then
@@ -105,7 +106,7 @@ def sample_hidden(
     _checks.weight(op, W)
     n_visible, n_hidden = W.shape
     try:
-        _checks.states(op, "v", v, n_visible, "V", W)
+        v = _checks.states(op, "v", v, n_visible, "V", W)
         _checks.vector(op, "c", c, n_hidden, "H", W.dtype, W.device)
         _checks.unit_parameters(op, units, n_visible, W.dtype, W.device)
     except ValueError:
@@ -158,7 +159,7 @@ def sample_visible(
     equations of all kinds of visible units.
 
     Args:
-        h: [B, H] hidden states: bool, uint8 or floating point, binary or real.
+        h: [B, H] hidden states, binary or real, of the kinds that ``sample_hidden`` takes.
         W: [V, H] weights.
         b: [V] visible biases.
         log_var: [V] log-variances of Gaussian visible units.
@@ -171,7 +172,7 @@ def sample_visible(
     _checks.weight(op, W)
     n_visible, n_hidden = W.shape
     try:
-        _checks.states(op, "h", h, n_hidden, "H", W)
+        h = _checks.states(op, "h", h, n_hidden, "H", W)
         _checks.vector(op, "b", b, n_visible, "V", W.dtype, W.device)
         _checks.unit_parameters(op, units, n_visible, W.dtype, W.device)
     except ValueError:

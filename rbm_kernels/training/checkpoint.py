@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rbm_kernels.files import write_atomically
+from rbm_kernels.inputs import as_rows
 from rbm_kernels.rbm import RBM
 from rbm_kernels.settings import Settings
 
@@ -34,7 +35,7 @@ def save_checkpoint(path: Path, run: Run, data: Tensor) -> None:
     content = {
         "format": FORMAT,
         "settings": asdict(run.settings),
-        "data": _fingerprint(data),
+        "data": _fingerprint(as_rows("save_checkpoint", "data", data)),
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "negative_phase": run.negative_phase.state_dict(),
@@ -72,6 +73,7 @@ def load_checkpoint(path: Path, data: Tensor, **changes: Any) -> Run:
         content = _from_format_1(content)
     elif found != FORMAT:
         raise ValueError(f"resume: {path} must be a checkpoint of format {FORMAT}, got {found}")
+    data = as_rows("resume", "data", data)
     if content["data"] != _fingerprint(data):
         raise ValueError(
             f"resume: {path} was trained on other data: rows, values and split must be the same "

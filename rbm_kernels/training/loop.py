@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rbm_kernels.evaluation import pseudo_likelihood
+from rbm_kernels.inputs import as_rows
 
 from .checkpoint import save_checkpoint
 from .run import Run
@@ -116,6 +117,16 @@ def train(
         ``run``; its ``interrupted`` says how it ended.
     """
     settings, model, draw = run.settings, run.model, run.draw
+    data = as_rows("train", "data", data, model.n_visible)
+    held_out = as_rows("train", "held_out", held_out, model.n_visible)
+    if data.shape[0] != run.order.numel():
+        raise ValueError(
+            f"train: data must be what the run was started with, {run.order.numel()} rows, got "
+            f"{data.shape[0]}"
+        )
+    # Found out here, and not after an epoch.
+    if not ((held_out == 0) | (held_out == 1)).all():
+        raise ValueError("train: held_out must hold only 0 and 1, got other values")
     run.interrupted = False
     last_save = clock = time.monotonic()
 

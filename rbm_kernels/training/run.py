@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rbm_kernels.inputs import as_rows
 from rbm_kernels.rbm import RBM
 from rbm_kernels.settings import Settings
 
@@ -83,16 +84,19 @@ def start(data: Tensor, settings: Settings) -> Run:
     """A fresh run: small random weights, and a visible bias from the data's log-odds.
 
     Args:
-        data: [N, V] in [0, 1], uint8 or float32, N at least 1.
+        data: [N, V] in [0, 1], N at least 1: a tensor, a NumPy array, a table or lists (see
+            ``rbm_kernels.inputs``).
         settings: What decides the run's course.
 
     Returns:
         A run before its first update.
 
     Raises:
+        TypeError: Data of another kind.
         ValueError: The data have a wrong shape, or values that are out of range.
     """
-    if data.dim() != 2 or data.shape[0] < 1 or data.shape[1] < 1:
+    data = as_rows("train", "data", data)
+    if data.shape[0] < 1 or data.shape[1] < 1:
         raise ValueError(f"train: data must be [N, V] with N, V >= 1, got {list(data.shape)}")
     generator = torch.Generator().manual_seed(settings.seed)
     model = RBM(data.shape[1], settings.n_hidden)

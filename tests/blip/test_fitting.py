@@ -324,3 +324,28 @@ def test_fit_to_a_captioners_images(cls_token: Any) -> None:
         fit_rbm(model, states, cls_token="both")
     with pytest.raises(ValueError, match="one image or more"):
         fit_rbm(model, pixels[:0])
+
+
+@pytest.mark.parametrize("kind", ["list", "table", "sparse", "int64", "tensor int16"])
+def test_features_of_other_kinds(kind: str) -> None:
+    rows = np.random.default_rng(0).integers(-3, 4, (12, 5))
+    data = {
+        "list": rows.tolist(),
+        "table": pytest.importorskip("pandas").DataFrame(rows),
+        "sparse": pytest.importorskip("scipy.sparse").csr_array(rows),
+        "int64": rows,
+        "tensor int16": torch.from_numpy(rows.astype(np.int16)),
+    }[kind]
+    expected = TokenStream(torch.from_numpy(rows).float())
+    found = TokenStream(data)
+    assert torch.equal(found.mean, expected.mean) and torch.equal(found.scale, expected.scale)
+    for x, y in zip(found.epoch(4, 1, 0), expected.epoch(4, 1, 0), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "features", ["text", None, np.array([["a"]]), np.ones((4, 3)) * 1j, [["a", "b"]]], ids=repr
+)
+def test_features_that_are_no_numbers(features: Any) -> None:
+    with pytest.raises(TypeError, match="TokenStream: features must"):
+        TokenStream(features)
