@@ -19,6 +19,7 @@ from rbm_kernels.arithmetic import digits_of
 from rbm_kernels.backends import require
 from rbm_kernels.inputs import FLOATS, STATES, as_states
 from rbm_kernels.units import Units, visible_units
+from rbm_kernels.units.base import readable
 
 
 def _not_a_tensor(op: str, name: str, value: object) -> TypeError:
@@ -198,18 +199,17 @@ def temperature(op: str, beta: Beta, rows: int, W: Tensor, drawn: Units | None =
     """Beta as a float or a contiguous float32 [B]; to draw continuous units it must be positive."""
     positive = drawn is not None and drawn.continuous
     if isinstance(beta, Tensor):
-        if beta.dim() == 0 and beta.is_cuda and beta.device == W.device:
-            return beta.float().expand(rows).contiguous()  # float() would wait for the device
+        if beta.dim() == 0 and beta.device == W.device and not readable(beta):
+            return beta.float().expand(rows).contiguous()
         if beta.dim() == 0:
-            return temperature(op, float(beta), rows, W, drawn)
+            return temperature(op, float(beta.detach()), rows, W, drawn)
         if beta.shape != (rows,):
             raise ValueError(
                 f"{op}: beta must be a float or [B] = [{rows}], got {list(beta.shape)}"
             )
         if beta.device != W.device:
             raise ValueError(f"{op}: beta must be on W's device {W.device}, got {beta.device}")
-        # On a GPU reading the values would wait for it; there they are the caller's promise.
-        if beta.is_cpu and type(beta) is Tensor and not torch.compiler.is_compiling():
+        if readable(beta):  # elsewhere the values are the caller's promise
             wrong = ~(torch.isfinite(beta) & (beta > 0 if positive else beta >= 0))
             if bool(wrong.any()):
                 worst = beta[wrong][0].item()

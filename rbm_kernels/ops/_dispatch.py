@@ -1,15 +1,20 @@
-"""How every operation reaches a backend: at once in plain eager, else by way of torch.library."""
+"""How every operation reaches a backend: at once in plain eager, else by way of torch.library.
+
+Under a function transform (``torch.func``) or a forward-mode derivative, what has derivatives is
+computed in plain PyTorch instead, which has all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from rbm_kernels.arguments import Draw, Layer, Model
@@ -76,6 +81,9 @@ class Operation:
             The other arguments have none.
         differentiable: Which of several results has a gradient.
         returned: How many of several results a caller gets; the others are for ``save`` alone.
+        formula: ``formula(constants, *arguments)``, the results in plain PyTorch wherever they have
+            derivatives; ``constants()`` are the registered operation's, which have none. None for
+            an operation without derivatives.
     """
 
     name: str
@@ -87,6 +95,34 @@ class Operation:
     backward: Callable[..., tuple[Any, ...]] | None
     differentiable: int
     returned: int | None
+    formula: Callable[..., Any] | None
+
+    def registered(self, backend: str | None, flat: Iterable[Any]) -> Any:
+        """The results by way of torch.library."""
+        return getattr(torch.ops.rbm_kernels, self.name)(*flat, backend)
+
+    def by_formula(self, backend: str | None, arguments: tuple[Any, ...]) -> Any:
+        """The results with all their derivatives, wherever they have any."""
+
+        def constants() -> Any:
+            flat = (x.detach() if isinstance(x, Tensor) else x for x in _flat(arguments))
+            return self.registered(backend, flat)
+
+        return constants() if self.formula is None else self.formula(constants, *arguments)
+
+    def looped(self, info: Any, in_dims: tuple[int | None, ...], *flat: Any) -> Any:
+        """What ``torch.vmap`` makes of the kernels: one call for each element of the batch.
+
+        Every element may have a model and a seed of its own, for which kernels have no room.
+        """
+        pairs = list(zip(flat, in_dims, strict=True))
+        results = []
+        for i in range(info.batch_size):
+            *element, backend = (x if dim is None else x.select(dim, i) for x, dim in pairs)
+            results.append(self.registered(backend, element))
+        if self.n_results == 1:
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * self.n_results
 
     def from_flat(self, *flat: Any) -> Any:
         """The operation over torch.library's arguments, the last of which names the backend."""
@@ -137,8 +173,9 @@ def define(
     backward: Callable[..., tuple[Any, ...]] | None = None,
     differentiable: int = 0,
     returned: int | None = None,
+    formula: Callable[..., Any] | None = None,
 ) -> Operation:
-    """Register ``rbm_kernels::name``: its schema, kernel, fake kernel and, if given, its autograd.
+    """Register ``rbm_kernels::name``: its schema, kernels and, if given, its autograd.
 
     ``Library.define`` and ``impl`` cost about 4 microseconds a call; ``custom_op`` 15 to 30.
 
@@ -154,8 +191,9 @@ def define(
     kinds = [kind for kind, _ in declared]
     fields = [_FIELDS.get(kind, f"{kind} {label}") for kind, label in declared]
     operation = Operation(
-        name, kinds, results.count("Tensor"), kernel, body, save, backward, differentiable, returned
-    )
+        name, kinds, results.count("Tensor"), kernel, body, save, backward, differentiable,
+        returned, formula,
+    )  # fmt: skip
     _LIBRARY.define(
         f"{name}({', '.join(fields)}, str? backend) -> {results}",
         tags=(torch.Tag.pt2_compliant_tag,),
@@ -164,6 +202,7 @@ def define(
     torch.library.register_fake(
         f"rbm_kernels::{name}", lambda *flat: fake(*_tuples(kinds, flat)), lib=_LIBRARY
     )
+    torch.library.register_vmap(f"rbm_kernels::{name}", operation.looped, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
             f"rbm_kernels::{name}",
@@ -199,8 +238,10 @@ def run(
             inputs = _flat(arguments[:2])
             return _Recorded.apply(operation, backend, arguments, *inputs)
         results = _call(operation, backend, arguments, eager)
+    elif _transforming():
+        results = operation.by_formula(backend, arguments)
     else:
-        results = getattr(torch.ops.rbm_kernels, operation.name)(*_flat(arguments), backend)
+        results = operation.registered(backend, _flat(arguments))
     return results if operation.returned is None else results[: operation.returned]
 
 
@@ -246,6 +287,33 @@ class _Recorded(torch.autograd.Function):
         return (None, None, None, *ctx.operation.backward_flat(ctx, *grads))
 
 
+@torch.compiler.allow_in_graph
+class Underivable(torch.autograd.Function):
+    """A tensor that depends on others, by derivatives that are not to be had.
+
+    ``Underivable.apply(message, x, *others)`` is x; to differentiate it raises RuntimeError with
+    the message, where a constant would have derivatives of zero.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(message: str, x: Tensor, *others: Tensor | None) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.message = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(ctx.message)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        raise RuntimeError(ctx.message)
+
+
 def _plain_eager() -> bool:
     """No compiler, tracer, tensor mode or transform looks on: a backend may be called directly."""
     return not (
@@ -253,7 +321,18 @@ def _plain_eager() -> bool:
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or _is_tracing()
     )
+
+
+@torch.compiler.assume_constant_result
+def _transforming() -> bool:
+    """Whether a function transform or a forward-mode derivative looks on.
+
+    A compiler enters the transforms that it meets, and guards those in which a function is called.
+    """
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from rbm_kernels import seeds
 from rbm_kernels.arguments import Draw, Model
-from rbm_kernels.ops import _checks
-from rbm_kernels.ops._dispatch import define, needs_grad, run
-from rbm_kernels.ops.free_energy import free_energy
+from rbm_kernels.ops import _checks, free_energy
+from rbm_kernels.ops._dispatch import Underivable, define, needs_grad, run
 from rbm_kernels.units import Units
 
 
@@ -68,7 +67,8 @@ def cd_step(
 
     grad_W = <v p(h|v)>_chain - <v p(h|v)>_data, each phase divided by its own count; the negative
     phase uses the sampled v_k and p(h|v_k) of that same v_k (Hinton 2002; with ``chains``,
-    persistent CD, Tieleman 2008).
+    persistent CD, Tieleman 2008). The results have no derivatives: by ``torch.func`` and in forward
+    mode, to ask for one raises RuntimeError.
 
     Args:
         v: [B, V] data, B at least 1, binary or real: a tensor, a NumPy array, a table or lists
@@ -157,7 +157,7 @@ def cd_loss(
     ``cd_step`` returns, so any torch optimizer, AMP and DDP work as with any other loss. A ``v``
     that requires grad, such as the output of an encoder, gets dF/dv / B, the gradient of the data's
     mean free energy: the states v_k are drawn and count as constants, also where they start from
-    ``v``.
+    ``v``. Only first derivatives are defined: to differentiate one raises RuntimeError.
 
     Args:
         chains: [N, V] persistent chains, a tensor that is advanced in place (unlike ``cd_step``'s).
@@ -172,31 +172,20 @@ def cd_loss(
     if chains is not None:
         _check_advances(op, chains, model.units)
     draw = _checks.draw(op, W, 1.0, seed, generator, chain_offset, backend, precision)
-    data = v
     if (change := model.units.change) is not None:
         start = None if start is None else change.states(start)
         v, model = change.states(v), Model(*change.model(W, b, c), change.units)
-    record = needs_grad(W, b, c, log_var)
     loss: Tensor
-    loss, advanced = run(_LOSS, backend, v, model, k, start, draw, record=record)
-    if needs_grad(data):
-        # Adds nothing to the value, and the data's gradient to the backward pass. Which backend
-        # computes the energies does not matter, as their gradients are plain PyTorch.
-        W, b, c = W.detach(), b.detach(), c.detach()
-        energy = free_energy(
-            data, W, b, c, log_var=_detached(log_var), visible=visible, backend="auto",
-            precision=precision,
-        ).mean()  # fmt: skip
-        loss = loss + (energy - energy.detach()).to(loss.dtype)
+    if needs_grad(v):
+        loss, advanced = _LOSS.by_formula(backend, (v, model, k, start, draw))
+    else:
+        record = needs_grad(W, b, c, log_var)
+        loss, advanced = run(_LOSS, backend, v, model, k, start, draw, record=record)
     if chains is not None:
         advanced = advanced.detach()
         chains.copy_(advanced if change is None else change.restored(advanced))
     seeds.advance(seed, 2 * k)
     return loss
-
-
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
 
 
 def _check(
@@ -355,17 +344,83 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _save(arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    units: Units = arguments[1].units
-    return results[2 : 5 + len(units.parameter_names)]
+    model: Model = arguments[1]
+    # The parameters are not needed, but a derivative of the gradients must find the way to them.
+    parameters = (*model[:3], model.units.log_var)
+    return (*results[2 : 5 + len(model.units.parameter_names)], parameters)
 
 
-def _backward(saved: list[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (None, *(gradient * grad.to(gradient.dtype) for gradient in saved))
+def _backward(saved: list[Any], grad: Tensor) -> tuple[Tensor | None, ...]:
+    *gradients, parameters = saved
+    grads = [gradient * grad.to(gradient.dtype) for gradient in gradients]
+    if torch.is_grad_enabled():  # by create_graph=True
+        grads = [Underivable.apply(_NO_SECOND, gradient, *parameters) for gradient in grads]
+    return (None, *grads)
+
+
+def _step_formula(
+    constants: Callable[[], tuple[Tensor, ...]], v: Tensor, model: Model, *rest: Any
+) -> tuple[Tensor, ...]:
+    inputs = (v, *model[:3], model.units.log_var)
+    return tuple(
+        Underivable.apply("cd_step: its results have no derivatives", result, *inputs)
+        for result in constants()
+    )
+
+
+def _loss_formula(
+    constants: Callable[[], tuple[Tensor, ...]], v: Tensor, model: Model, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    loss, advanced, grad_W, grad_b, grad_c, grad_log_var = constants()
+    inputs = (v, *model[:3], model.units.log_var)
+    of_data = [None if x is None else x.detach() for x in inputs]
+    share = loss.new_full((v.shape[0],), 1 / v.shape[0])
+    grad_v, *_ = free_energy.backward([*of_data, 1.0, None], share)
+    grads = (grad_v, grad_W, grad_b, grad_c, None if inputs[4] is None else grad_log_var)
+    loss = _FirstOrder.apply(loss, *inputs, *grads)  # type: ignore[no-untyped-call]
+    return loss, advanced
+
+
+@torch.compiler.allow_in_graph
+class _FirstOrder(torch.autograd.Function):
+    """The loss as a function of five inputs, whose gradients follow them."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loss: Tensor, *inputs_and_grads: Tensor | None) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, grads = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        results = (
+            None if x is None else Underivable.apply(_NO_SECOND, x * grad.to(x.dtype), *inputs)
+            for x in grads
+        )
+        return (None, *results, *(None,) * 5)
+
+    @staticmethod
+    def jvp(ctx: Any, loss: Tensor | None, *tangents: Tensor | None) -> Tensor:
+        inputs, grads = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        parts = [
+            (grad * tangent).sum(dtype=torch.float32)
+            for grad, tangent in zip(grads, tangents[:5], strict=True)
+            if grad is not None and tangent is not None
+        ]
+        return Underivable.apply(_NO_SECOND, torch.stack(parts).sum(), *inputs)
 
 
 _ARGUMENTS = "Tensor v, Model model, int k, Tensor? chains, Draw draw"
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-_STEP = define("cd_step", _ARGUMENTS, _RESULTS, "cd_step", _step, _step_fake)
+_NO_SECOND = "cd_loss: only its first derivatives are defined, and one of them was differentiated"
+_STEP = define("cd_step", _ARGUMENTS, _RESULTS, "cd_step", _step, _step_fake, formula=_step_formula)
 _LOSS = define(
-    "cd_loss", _ARGUMENTS, _RESULTS, "cd_step", _loss, _loss_fake, _save, _backward, returned=2
-)
+    "cd_loss", _ARGUMENTS, _RESULTS, "cd_step", _loss, _loss_fake, _save, _backward, returned=2,
+    formula=_loss_formula,
+)  # fmt: skip

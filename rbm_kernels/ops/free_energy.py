@@ -12,7 +12,9 @@ from rbm_kernels.arguments import Model
 from rbm_kernels.arithmetic import digits_of
 from rbm_kernels.ops import _checks
 from rbm_kernels.ops._dispatch import define, needs_grad, run
+from rbm_kernels.textbook import BERNOULLI, hidden_input
 from rbm_kernels.units import visible_units
+from rbm_kernels.units.base import tempered
 
 
 def free_energy(
@@ -27,12 +29,19 @@ def free_energy(
     backend: str | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """F(v) = -log sum_h exp(-beta E(v, h)), differentiable in every tensor argument, twice.
+    """F(v) = -log sum_h exp(-beta E(v, h)), differentiable in every tensor argument.
 
     Bernoulli visible units: F = -beta b'v - sum_j softplus(beta (c_j + v'W_j)); note that this is
     not beta F_1. Gaussian ones (log_var given): F = beta sum_i (v_i - b_i)^2 / (2 s_i^2)
     - sum_j softplus(beta (c_j + (v / s^2)'W_j)). docs/units.md has the equations of all
     kinds of visible units.
+
+    Derivatives of the first and second order are to be had in reverse mode, and of every order in
+    forward mode and by ``torch.func``. Under a transform of ``torch.func``, within a level of
+    forward mode, and where ``beta`` requires a gradient, no kernel runs: F is computed in plain
+    PyTorch, in float32 or the wider dtype of W, within rounding of what the kernels return, and
+    values that are not finite go through. ``torch.vmap`` over data, parameters or both is then one
+    batched product.
 
     Args:
         v: [B, V] visible states, binary or real: a tensor, a NumPy array, a table or lists (see
@@ -43,7 +52,7 @@ def free_energy(
         log_var: [V] log-variances of Gaussian visible units.
         visible: The kind of visible units, by its name in docs/units.md; None means Gaussian units
             where ``log_var`` is given and Bernoulli units otherwise.
-        beta: Inverse temperature, one number or [B].
+        beta: Inverse temperature, one number or [B]. A tensor has a derivative too.
         backend: "auto" (default), "reference", "cpu", "triton" or "cuda".
         precision: "highest", "high" or "medium". float64 weights are computed in float64.
 
@@ -63,16 +72,23 @@ def free_energy(
     """
     op = "free_energy"
     v, model = _checks.model(op, v, W, b, c, log_var, visible)
-    beta = _checks.temperature(op, beta, v.shape[0], W)
+    given_beta, beta = beta, _checks.temperature(op, beta, v.shape[0], W)
     value, betas = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
+    learned = isinstance(given_beta, Tensor) and needs_grad(given_beta)
+    if isinstance(given_beta, Tensor) and (learned or W.dtype is torch.float64):
+        value, betas = 1.0, given_beta.expand(v.shape[0])  # as it is given, not in float32
     if (change := model.units.change) is not None:
         v, model = change.states(v), Model(*change.model(W, b, c), change.units)
-    energy: Tensor = run(
-        _FREE_ENERGY, backend, v, model, value, betas, digits_of(op, precision),
-        record=needs_grad(v, *model[:3], log_var),
-    )  # fmt: skip
+    energy: Tensor
+    if learned:
+        energy = _formula(None, v, model, value, betas)
+    else:
+        energy = run(
+            _FREE_ENERGY, backend, v, model, value, betas, digits_of(op, precision),
+            record=needs_grad(v, *model[:3], log_var),
+        )  # fmt: skip
     if change is not None:
-        factor = beta.to(energy.dtype) if isinstance(beta, Tensor) else beta
+        factor = value if betas is None else betas.to(energy.dtype)
         energy = energy + factor * change.free_energy(b).to(energy.dtype)
     return energy
 
@@ -89,6 +105,17 @@ def _body(
     return free_energies(op, v, model, beta if betas is None else betas, digits)
 
 
+def _formula(
+    constants: object, v: Tensor, model: Model, beta: float, betas: Tensor | None, digits: int = 0
+) -> Tensor:
+    W, b, c, units = model
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    v, W, b, c, units = v.to(dtype), W.to(dtype), b.to(dtype), c.to(dtype), units.to(dtype)
+    factor = beta if betas is None else betas.to(dtype)
+    x = tempered(hidden_input(v, W, c, units), factor)
+    return factor * units.energy(v, b) - BERNOULLI.log_partition(x, c).sum(dim=1)
+
+
 def _fake(v: Tensor, model: Model, beta: float, betas: Tensor | None, digits: int) -> Tensor:
     dtype = torch.promote_types(model.W.dtype, torch.float32)
     return model.W.new_empty(v.shape[0], dtype=dtype)
@@ -99,7 +126,8 @@ def _save(arguments: tuple[Any, ...], result: Tensor) -> tuple[Any, ...]:
     return v, *model[:3], model.units.log_var, beta, betas
 
 
-def _backward(saved: list[Any], grad: Tensor) -> tuple[Any, ...]:
+def backward(saved: list[Any], grad: Tensor) -> tuple[Any, ...]:
+    """Gradients of v, W, b, c and log_var, given v, W, b, c, log_var, beta, betas and its own."""
     # Plain tensor operations on the saved arguments, so that autograd can differentiate again.
     v, W, b, c, log_var, beta, betas = saved
     dtype = grad.dtype
@@ -128,5 +156,6 @@ _FREE_ENERGY = define(
     _body,
     _fake,
     _save,
-    _backward,
+    backward,
+    formula=_formula,
 )

@@ -35,6 +35,9 @@ def gibbs_sample(
 ) -> Tensor:
     """Run k sweeps (hidden given visible, visible given hidden) from v in one call.
 
+    States have no derivative, and ``torch.vmap`` runs a chain after the other: see
+    ``sample_hidden``.
+
     Args:
         v: [B, V] initial visible states: a tensor, a NumPy array, a table or lists (see
             ``rbm_kernels.inputs``).

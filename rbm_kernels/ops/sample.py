@@ -67,6 +67,11 @@ def sample_hidden(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Draw the hidden units: h_j is on with probability sigmoid(beta (c_j + v'W_j)).
 
+    States have no derivative; probabilities have those that ``free_energy`` describes, likewise in
+    plain PyTorch under ``torch.func``, in forward mode and where ``beta`` requires a gradient.
+    ``torch.vmap`` draws in one call for each element: with ``seed`` each has the states that the
+    call alone would have, without one it needs ``randomness="different"`` or ``"same"``.
+
     Args:
         v: [B, V] visible states, binary or real: a tensor, a NumPy array, a table or lists (see
             ``rbm_kernels.inputs``).
@@ -77,7 +82,7 @@ def sample_hidden(
         visible: The kind of visible units, by its name in docs/units.md; None means Gaussian units
             where ``log_var`` is given and Bernoulli units otherwise.
         beta: Inverse temperature, one number or float32 [B].
-        return_probs: Also return the probabilities, differentiable in v, W, c and log_var.
+        return_probs: Also return the probabilities, differentiable in v, W, c, log_var and beta.
         out_dtype: Dtype of the states; W's by default, uint8 and bool also serve.
         seed: int, (seed, offset), or int64[2] tensor whose offset is advanced by 1. Calls that
             share a seed and an offset share their uniform numbers, whichever layer they draw.
@@ -164,7 +169,7 @@ def sample_visible(
         b: [V] visible biases.
         log_var: [V] log-variances of Gaussian visible units.
         return_probs: Also return the conditional means [B, V] (for Bernoulli units, the
-            probabilities), differentiable in h, W and b.
+            probabilities), differentiable in h, W, b and beta.
 
     The other arguments, errors and the order of results are those of ``sample_hidden``.
     """
@@ -203,7 +208,7 @@ def _sample(
 ) -> Tensor | tuple[Tensor, Tensor]:
     name, W = op.name, layer.W
     dtype = _checks.state_dtype(name, out_dtype, W, layer.drawn)
-    beta = _checks.temperature(name, beta, given.shape[0], W, layer.drawn)
+    given_beta, beta = beta, _checks.temperature(name, beta, given.shape[0], W, layer.drawn)
     draw = _checks.draw(name, W, beta, seed, generator, chain_offset, backend, precision)
     if (change := layer.given.change) is not None:
         given = change.states(given)
@@ -215,6 +220,8 @@ def _sample(
         given, layer.W, layer.bias, layer.given.log_var, layer.drawn.log_var
     )
     states, probs = run(op, backend, given, layer, draw, return_probs, dtype, record=record)
+    if return_probs and isinstance(given_beta, Tensor) and needs_grad(given_beta):
+        probs = _means(given, layer, given_beta.expand(given.shape[0]))
     seeds.advance(seed, 1)
     if drawn is not None:
         states, probs = drawn.restored(states), drawn.restored(probs) if return_probs else None
@@ -234,6 +241,28 @@ def _body(
     if states.dtype is not out_dtype:
         states = states.to(out_dtype)
     return states, None if probs is None else probs.to(layer.W.dtype)
+
+
+def _formula(
+    constants: Callable[[], tuple[Tensor, Tensor]],
+    given: Tensor,
+    layer: Layer,
+    draw: Draw,
+    return_probs: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    states, probs = constants()
+    if return_probs:
+        probs = _means(given, layer, draw.beta).to(layer.W.dtype)
+    return states, probs
+
+
+def _means(given: Tensor, layer: Layer, beta: Beta) -> Tensor:
+    """The conditional means [B, N] in plain PyTorch."""
+    W, bias, units, drawn = layer
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    seen = units.to(dtype).given(given.to(dtype))
+    return drawn.mean(torch.addmm(bias.to(dtype), seen, W.to(dtype)), beta)
 
 
 def _fake(
@@ -275,6 +304,7 @@ _HIDDEN, _VISIBLE = (
         _save,
         _backward,
         differentiable=1,
+        formula=_formula,
     )
     for name in ("sample_hidden", "sample_visible")
 )

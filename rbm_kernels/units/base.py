@@ -17,6 +17,20 @@ def exp_neg(x: Tensor) -> Tensor:
     return torch.exp(-x)
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether a check may look at the values of a tensor.
+
+    On a GPU that would wait for it, and a compiler, a tracer or a function transform has no values.
+    """
+    return (
+        tensor.is_cpu
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not torch._C._is_tracing()
+    )
+
+
 def per_row(beta: Beta) -> Beta:
     """An inverse temperature that broadcasts over [B, V]: a float, or [B] as a column [B, 1]."""
     return beta[:, None] if isinstance(beta, Tensor) else beta

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rbm_kernels import arithmetic
 
-from .base import Beta, Change, per_row_float32, tempered
+from .base import Beta, Change, per_row_float32, readable, tempered
 from .bernoulli import Bernoulli
 
 # Above this, log(1 + exp(-x)) is 0 beside x to full float64 precision.
@@ -59,6 +59,8 @@ class _Sums(torch.autograd.Function):
     summed as they are.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(W: Tensor) -> Tensor:
         if W.dtype == torch.float64 or not W.numel():
@@ -71,6 +73,10 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.like = inputs[0].shape, inputs[0].dtype
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.sum(0, dtype=torch.float64)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -105,8 +111,7 @@ class Spin(Bernoulli):
         return b / 2, cls()
 
     def check(self, op: str, name: str, states: Tensor) -> None:
-        # On a GPU reading the values would wait for it; there ``SpinChange.states`` marks them.
-        if not states.is_cpu or type(states) is not Tensor or torch.compiler.is_compiling():
+        if not readable(states):  # there ``SpinChange.states`` marks them
             return
         wrong = states[states.float().abs() != 1]
         if wrong.numel():
