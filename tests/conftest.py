@@ -13,7 +13,7 @@ from rbm_kernels.ops import _dispatch
 
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_outputs() -> Iterator[None]:
-    """Fills new uninitialised tensors (torch.empty and its kin) with NaN.
+    """Fills new uninitialized tensors (torch.empty and its kin) with NaN.
 
     An element that a kernel forgot to write then shows in every comparison.
     """

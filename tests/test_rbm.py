@@ -1,4 +1,4 @@
-"""The module: initialisation, methods against the functions, files, PyTorch's own tools."""
+"""The module: initialization, methods against the functions, files, PyTorch's own tools."""
 
 from __future__ import annotations
 

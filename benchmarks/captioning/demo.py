@@ -249,7 +249,7 @@ def _side_by_side(features: Tensor) -> Tensor:
 
 
 def _with_pairs(caption: str) -> str:
-    """A caption with its pairs of neighbours as further words, "red-circle" among them.
+    """A caption with its pairs of neighbors as further words, "red-circle" among them.
 
     A bag of single words says that there is red and a circle, but not that the circle is red.
     """

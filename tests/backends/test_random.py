@@ -165,7 +165,7 @@ def test_uniforms_are_uniform(words: Tensor) -> None:
         assert abs(ones - words.numel() / 2) < 5 * (words.numel() / 4) ** 0.5
 
 
-def test_neighbours_are_independent(words: Tensor) -> None:
+def test_neighbors_are_independent(words: Tensor) -> None:
     """Pairs across units, counters, chains, half-sweeps and seeds, on a 32 by 32 grid."""
     chains = torch.arange(4096)
     later = arithmetic.random_words(torch.tensor([2024, 0]), 1, chains, 256)

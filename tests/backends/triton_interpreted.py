@@ -187,7 +187,7 @@ def test_sums_at_their_limits(digits: int, real: bool, monkeypatch: pytest.Monke
     planes[:, :3, :65535] = 127
     planes[:, 1] *= -1
     made = Weights(torch.ones(1), planes, None)
-    monkeypatch.setattr(sample, "quantise", lambda *_, **__: made)
+    monkeypatch.setattr(sample, "quantize", lambda *_, **__: made)
     v = torch.ones(1, 65535)
     if real:
         v *= W[0, 0] * 2.0**-7

@@ -26,7 +26,7 @@ KINDS: dict[str, slice] = {"all": slice(None), "cls": slice(0, 1), "patches": sl
 
 
 def features(n: int = 50, length: int = 7, width: int = 5) -> Any:
-    """Features far from standardised: other means and scales for each, and one that is constant."""
+    """Features far from standardized: other means and scales for each, and one that is constant."""
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(n, length, width)) * np.arange(1, width + 1) + 10
     rows[..., 2] = 3.0

@@ -15,23 +15,23 @@ from PIL import Image
 from blip_integration.images import open_image
 
 
-def picture(path: Path, mode: str = "RGB", colour: object = "red", **options: object) -> Path:
+def picture(path: Path, mode: str = "RGB", color: object = "red", **options: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, (6, 4), colour).save(path, **options)
+    Image.new(mode, (6, 4), color).save(path, **options)
     return path
 
 
 def test_open_image(tmp_path):
     image = open_image(picture(tmp_path / "red.png"))
     assert image.mode == "RGB" and image.size == (6, 4) and image.getpixel((0, 0)) == (255, 0, 0)
-    for mode, colour, seen in [
+    for mode, color, seen in [
         ("L", 90, (90, 90, 90)),
         ("1", 1, (255, 255, 255)),
         ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
         ("LA", (0, 255), (0, 0, 0)),
         ("I;16", 0x40FF, (0x40, 0x40, 0x40)),
     ]:
-        path = picture(tmp_path / f"{mode.replace(';', '')}.png", mode, colour)
+        path = picture(tmp_path / f"{mode.replace(';', '')}.png", mode, color)
         assert open_image(path).getpixel((3, 2)) == seen, mode
     assert open_image(picture(tmp_path / "k.jpg", "CMYK", (0, 0, 0, 0))).mode == "RGB"
 

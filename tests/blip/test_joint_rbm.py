@@ -33,7 +33,7 @@ D, T, H = 3, 4, 5
 
 
 def small_rbm(spread: float = 0.9) -> JointRBM:
-    """A joint RBM whose two sides depend on each other, with features that need standardising."""
+    """A joint RBM whose two sides depend on each other, with features that need standardizing."""
     g = torch.Generator().manual_seed(0)
     model = JointRBM(D, T, H, init_std=spread, generator=g)
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_contrastive_divergence_raises_the_exact_likelihood() -> None:
     assert ExactJoint.of(model).log_likelihood(z, t) > before + 0.5
 
 
-def test_initialisation_from_data() -> None:
+def test_initialization_from_data() -> None:
     features = torch.cat([images(50), torch.full((50, 1), 7.0)], 1)
     words = torch.zeros(20, 2, dtype=torch.bool)
     words[:5, 0] = True

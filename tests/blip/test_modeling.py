@@ -348,7 +348,7 @@ def test_save_and_load(kind: Any, options: dict[str, Any], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("cls_token", ["shared", "apart"])
 def test_stock_checkpoint_into_ours(cls_token: str, tmp_path: Path) -> None:
-    """What the checkpoint lacks is initialised: conftest fills fresh memory with NaN."""
+    """What the checkpoint lacks is initialized: conftest fills fresh memory with NaN."""
     stock = stock_model()
     stock.save_pretrained(tmp_path)
     settings = {"n_hidden": 200, "cls_token": cls_token, "strength": 0.0}

@@ -112,7 +112,7 @@ def test_dropout_only_leaves_out() -> None:
     assert (words.sum() / batch[1].sum()).item() == pytest.approx(0.7, abs=0.1)
     kept = features != model.mean
     assert kept.float().mean().item() == pytest.approx(0.6, abs=0.05)
-    # What is left is larger in return, in units of the standardised features.
+    # What is left is larger in return, in units of the standardized features.
     z = model.standardize(batch[0]) / 0.6
     torch.testing.assert_close(model.standardize(features)[kept], z[kept], rtol=1e-4, atol=1e-4)
     nothing = PairTraining(word_dropout=0.0, feature_dropout=0.0)
@@ -150,7 +150,7 @@ def test_rerank_takes_the_largest_sum() -> None:
     assert torch.equal(Fixed(extra).rerank(candidates, features, 1e6), extra.argmax(1))
 
 
-def test_standardised_scores_do_not_depend_on_their_scale() -> None:
+def test_standardized_scores_do_not_depend_on_their_scale() -> None:
     captioner, extra = normal(20, 5), normal(20, 5, seed=1)
     extra[3] = 4.0  # a list without a difference
     plain = combined_scores(captioner, extra, 0.5, standardize=True)
@@ -177,9 +177,9 @@ def test_choose_weight_is_the_best_of_all() -> None:
     default = choose_weight(captioner, extra, quality)
     assert default in weight_grid(captioner, extra)
     assert choose_weight(captioner, 1000 * extra, quality) == pytest.approx(default / 1000)
-    standardised = choose_weight(captioner, extra, quality, standardize=True)
+    standardized = choose_weight(captioner, extra, quality, standardize=True)
     again = choose_weight(captioner, 1000 * extra, quality, standardize=True)
-    assert standardised == pytest.approx(again, rel=1e-4)
+    assert standardized == pytest.approx(again, rel=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from support.errors import raises
 from support.pairs import (
-    COLOURS,
+    COLORS,
     FAST,
     THINGS,
     VOCABULARY,
@@ -79,7 +79,7 @@ def test_fit_to_quality_ranks_new_lists(loss: str, anchored: bool) -> None:
 
     def rated(part: CaptionBags) -> RatedCandidates:
         # Right words count 1 each, whatever else is said; candidates are of one or two words.
-        texts = [" ".join(words) for words in itertools.product(COLOURS, THINGS)]
+        texts = [" ".join(words) for words in itertools.product(COLORS, THINGS)]
         words = VOCABULARY.encode(texts)[None].expand(len(part), -1, -1)
         own = torch.zeros(len(part), len(VOCABULARY))
         own.index_add_(0, part.owner, part.words.float())

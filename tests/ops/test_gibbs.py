@@ -211,10 +211,10 @@ def test_gaussian_chains(backend: str, k: int, beta: float) -> None:
     assert_mean(v[:, :, None] * v[:, None, :], second)
     std = (model.var / beta).sqrt()
     for unit in range(2):
-        centres = model.means()[:, unit].numpy()
+        centers = model.means()[:, unit].numpy()
 
-        def cdf(x, centres=centres, s=std[unit]):  # type: ignore[no-untyped-def]
-            return stats.norm.cdf((x[:, None] - centres) / s.item()) @ p_h.numpy()
+        def cdf(x, centers=centers, s=std[unit]):  # type: ignore[no-untyped-def]
+            return stats.norm.cdf((x[:, None] - centers) / s.item()) @ p_h.numpy()
 
         assert stats.kstest(v[:, unit].numpy(), cdf).pvalue > P_VALUE
 

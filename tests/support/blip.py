@@ -18,8 +18,8 @@ from transformers import (
 )
 
 WIDTH, SIDE = 16, 32
-COLOURS = ("red", "green", "blue")
-CAPTIONS = [f"a {colour} circle on {ground}" for colour in COLOURS for ground in ("white", "grey")]
+COLORS = ("red", "green", "blue")
+CAPTIONS = [f"a {color} circle on {ground}" for color in COLORS for ground in ("white", "grey")]
 
 
 def draw_data(folder: Path, train: int = 6, val: int = 3) -> Path:
@@ -27,14 +27,14 @@ def draw_data(folder: Path, train: int = 6, val: int = 3) -> Path:
     (folder / "images").mkdir(parents=True)
     images, annotations = [], []
     for i in range(train + val):
-        colour, ground = COLOURS[i % 3], ("white", "grey")[i % 2]
+        color, ground = COLORS[i % 3], ("white", "grey")[i % 2]
         picture = Image.new("RGB", (48, 40), ground)
-        ImageDraw.Draw(picture).ellipse((8 + i, 8, 24 + i, 24), fill=colour)
+        ImageDraw.Draw(picture).ellipse((8 + i, 8, 24 + i, 24), fill=color)
         name = f"{i}.png"
         picture.save(folder / "images" / name)
         split = "train" if i < train else "val"
         images.append({"id": i, "file_name": name, "split": split})
-        for text in (f"A {colour} circle on {ground}.", f"a circle is {colour}"):
+        for text in (f"A {color} circle on {ground}.", f"a circle is {color}"):
             annotations.append({"id": len(annotations), "image_id": i, "caption": text})
     file = folder / "captions.json"
     file.write_text(json.dumps({"images": images, "annotations": annotations}))

@@ -215,8 +215,8 @@ class ExactGaussian:
         p, slope = s @ w, (s * (1 - s)) @ w  # [S, H]
         vp = m[:, :, None] * p[:, None, :] + self.W * slope[:, None, :]  # [S, V, H]
         vp = torch.einsum("s,svh->vh", p_h, vp)
-        centred = torch.einsum("s,sv->v", p_h, (m - self.b) ** 2 + self.var)
-        grad_log_var = (-0.5 * centred + (self.W * vp).sum(1)) / self.var
+        centered = torch.einsum("s,sv->v", p_h, (m - self.b) ** 2 + self.var)
+        grad_log_var = (-0.5 * centered + (self.W * vp).sum(1)) / self.var
         grad_b = -(p_h @ m - self.b) / self.var
         return -vp / self.var[:, None], grad_b, -(p_h @ p), grad_log_var
 

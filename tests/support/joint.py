@@ -12,10 +12,10 @@ import rbm_kernels as rk
 from blip_integration.gated_residual import GatedResidual, RBMReconstructor
 from blip_integration.modeling import apply_rbm_to_blip
 
-from .blip import COLOURS, SIDE, WIDTH, tiny_blip
+from .blip import COLORS, SIDE, WIDTH, tiny_blip
 
 GROUNDS = {"white": 1.0, "grey": 0.5}
-KINDS = [(colour, ground) for colour in COLOURS for ground in GROUNDS]
+KINDS = [(color, ground) for color in COLORS for ground in GROUNDS]
 
 
 def drawn(n: int, seed: int = 0) -> tuple[Tensor, list[list[str]]]:
@@ -24,10 +24,10 @@ def drawn(n: int, seed: int = 0) -> tuple[Tensor, list[list[str]]]:
     images = 0.1 * torch.randn(n, 3, SIDE, SIDE, generator=generator)
     captions = []
     for i in range(n):
-        colour, ground = KINDS[i % len(KINDS)]
+        color, ground = KINDS[i % len(KINDS)]
         images[i, :, :, : SIDE // 2] += GROUNDS[ground]
-        images[i, COLOURS.index(colour), :, SIDE // 2 :] += 1.0
-        captions.append([f"{colour} on {ground}", f"a {colour} circle on {ground}"])
+        images[i, COLORS.index(color), :, SIDE // 2 :] += 1.0
+        captions.append([f"{color} on {ground}", f"a {color} circle on {ground}"])
     return images, captions
 
 

@@ -19,13 +19,13 @@ from blip_integration.rerank import PairReranker
 from .errors import raises
 from .tensors import normal
 
-COLOURS = ("red", "green", "blue", "black")
+COLORS = ("red", "green", "blue", "black")
 
 
 THINGS = ("dog", "ball", "house", "tree")
 
 
-VOCABULARY = Vocabulary((*COLOURS, *THINGS))
+VOCABULARY = Vocabulary((*COLORS, *THINGS))
 
 
 FAST = PairTraining(
@@ -35,16 +35,16 @@ FAST = PairTraining(
 
 
 def drawn_captions(n: int, seed: int = 0) -> tuple[Tensor, list[list[str]]]:
-    """Images of one coloured thing, whose features show both, with two or three captions each."""
+    """Images of one colored thing, whose features show both, with two or three captions each."""
     g = torch.Generator().manual_seed(seed)
-    colour, thing = torch.randint(0, 4, (2, n), generator=g)
+    color, thing = torch.randint(0, 4, (2, n), generator=g)
     features = 0.3 * torch.randn(n, 10, generator=g) + 5.0
-    features[torch.arange(n), colour] += 2.0
+    features[torch.arange(n), color] += 2.0
     features[torch.arange(n), 4 + thing] += 2.0
     captions = []
-    for i, (c, t) in enumerate(zip(colour.tolist(), thing.tolist(), strict=True)):
-        own = [f"a {COLOURS[c]} {THINGS[t]}", f"the {THINGS[t]}"]
-        captions.append(own + [f"it is {COLOURS[c]}"] * (i % 2))
+    for i, (c, t) in enumerate(zip(color.tolist(), thing.tolist(), strict=True)):
+        own = [f"a {COLORS[c]} {THINGS[t]}", f"the {THINGS[t]}"]
+        captions.append(own + [f"it is {COLORS[c]}"] * (i % 2))
     return features, captions
 
 
@@ -73,7 +73,7 @@ def check_training_finds_what_belongs_together(model_class: type[PairModel], fit
     assert max(history) > history[0] + 0.15
     again = fresh(model_class, train)
     assert fit(again, train, held_out, FAST) == history
-    # A true caption beats one with the other colour or thing for nearly every image.
+    # A true caption beats one with the other color or thing for nearly every image.
     candidates = torch.stack([VOCABULARY.encode(["red dog", "blue dog", "red tree"])] * 8)
     features = torch.full((8, 10), 5.0) + normal(8, 10, scale=0.1)
     features[:, 0] += 2.0

@@ -34,7 +34,7 @@ from rbm_kernels.backends.triton.operands import (
     operation,
     padded,
     planes_of,
-    quantise,
+    quantize,
 )
 from rbm_kernels.backends.triton.product import integer_sums, preactivation
 from rbm_kernels.backends.triton.sample import as_bytes, draw_bernoulli, int32, row_strides
@@ -228,7 +228,7 @@ def cd_step(
     n_visible, n_hidden = W.shape
     n_data, n_chain = v.shape[0], (v if chains is None else chains).shape[0]
     maybe_real = units.continuous or v.dtype != torch.bool
-    weights = quantise(W, digits, hidden=True, visible=True)
+    weights = quantize(W, digits, hidden=True, visible=True)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)

@@ -16,7 +16,7 @@ from rbm_kernels.backends.triton.operands import (
     contiguous,
     operation,
     planes_of,
-    quantise,
+    quantize,
 )
 from rbm_kernels.backends.triton.product import preactivation
 from rbm_kernels.backends.triton.sample import as_bytes, row_strides
@@ -120,7 +120,7 @@ def free_energies(op: str, v: Tensor, model: Model, beta: Beta, digits: int) -> 
     sums = torch.empty((tiles_of(n_hidden), n_rows), dtype=torch.float64, device=v.device)
     betas = beta if isinstance(beta, Tensor) else None
     if sums.numel():
-        weights = quantise(W, digits, hidden=True)
+        weights = quantize(W, digits, hidden=True)
         assert weights.hidden is not None
         given = planes_of(v, digits, units)
         tuning.launch(

@@ -13,7 +13,7 @@ from rbm_kernels.backends.triton.operands import (
     operation,
     padded,
     planes_of,
-    quantise,
+    quantize,
 )
 from rbm_kernels.backends.triton.sample import as_bytes, half_sweep
 
@@ -91,7 +91,7 @@ def gibbs_sample(
     dtype = torch.float32 if real or out_dtype.itemsize != 1 else out_dtype
     states = torch.empty(v.shape, dtype=dtype, device=v.device)
     advance(
-        planes_of(v, draw.digits, units), quantise(W, draw.digits, hidden=True, visible=True),
+        planes_of(v, draw.digits, units), quantize(W, draw.digits, hidden=True, visible=True),
         model, k, draw, as_bytes(states), mask=mask, held=held,
     )  # fmt: skip
     return states

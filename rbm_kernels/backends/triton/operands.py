@@ -134,7 +134,7 @@ def _weight_digits_kernel(
             tl.store(visible + i * visible_plane.to(tl.int64) + at, digit)
 
 
-def quantise(W: Tensor, digits: int, hidden: bool = False, visible: bool = False) -> Weights:
+def quantize(W: Tensor, digits: int, hidden: bool = False, visible: bool = False) -> Weights:
     """W [V, H] of any float dtype and strides as digits, in the layouts asked for."""
     n_visible, n_hidden = W.shape
     v_padded, h_padded = padded(n_visible), padded(n_hidden)

@@ -25,7 +25,7 @@ from rbm_kernels.backends.triton.operands import (
     contiguous,
     operation,
     planes_of,
-    quantise,
+    quantize,
 )
 from rbm_kernels.backends.triton.product import preactivation
 from rbm_kernels.units import Bernoulli, Gaussian, Units
@@ -177,7 +177,7 @@ def sample_layer(
 ) -> tuple[Tensor, Tensor | None]:
     W, bias, given_units, units = layer
     check_units(op, *W.shape)
-    weights = quantise(W, draw.digits, hidden=True)
+    weights = quantize(W, draw.digits, hidden=True)
     assert weights.hidden is not None
     shape = (given.shape[0], bias.shape[0])
     dtype = torch.float32 if units.continuous or out_dtype.itemsize != 1 else out_dtype
