@@ -48,6 +48,7 @@ def build(architectures: Sequence[str]) -> None:
         subprocess.CalledProcessError: If pip fails.
     """
     shutil.rmtree(SITE, ignore_errors=True)
+    built_from = stamp()  # before, as a file may change meanwhile
     variables = {
         "RBM_KERNELS_CPU": "1",
         "RBM_KERNELS_CUDA": "1",
@@ -58,7 +59,7 @@ def build(architectures: Sequence[str]) -> None:
         command += ["--no-index", "--no-build-isolation"]
     command += ["--target", str(SITE), str(ROOT)]
     subprocess.run(command, env={**os.environ, **variables}, check=True)
-    STAMP.write_text(stamp())
+    STAMP.write_text(built_from)
 
 
 def main() -> int:

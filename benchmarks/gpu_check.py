@@ -63,7 +63,7 @@ FIGURES = {
     "memory": 15,
 }
 TRITON_FIGURES = {"sampling": 40, "large": 60, "small": 40, "training": 40}
-BITS_SECONDS, COMPILED_SECONDS, PROFILE_SECONDS, SANITIZER_SECONDS = 45, 150, 25, 75
+BITS_SECONDS, COMPILED_SECONDS, PROFILE_SECONDS, SANITIZER_SECONDS = 60, 150, 25, 75
 # The three main kernels, and the lines whose call launches them.
 PROFILED = {
     "chain_in_cluster": "sampling",
@@ -210,8 +210,8 @@ class Plan:
         log = "environment.txt"
         return [
             Step("machine", log, 15, ["bash", "-c", words]),
-            Step("package", log, 30, [PYTHON, "-m", "rbm_kernels"]),
-            self.line("", 30, "cuda", "ceilings"),
+            Step("package", log, 60, [PYTHON, "-m", "rbm_kernels"]),  # torch's first import
+            self.line("", 40, "cuda", "ceilings"),
         ]
 
     def bits(self) -> list[Step]:
@@ -245,7 +245,8 @@ class Plan:
 
     def tests(self) -> list[Step]:
         """The tests of the cuda backend. A worker that hangs or breaks the device is replaced."""
-        which = ["ops", "backends", "-k", "(cuda or test_gpu or test_regimes) and not triton"]
+        files = "test_gpu or test_regimes or test_select"
+        which = ["ops", "backends", "-k", f"(cuda or {files}) and not triton"]
         if self.dry_run:
             which = ["backends/test_regimes.py", "-k", "resident"]
         tests = self.pytest("tests of cuda", "tests.log", 300, *self.in_workers(4), *which)

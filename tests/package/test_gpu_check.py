@@ -171,3 +171,24 @@ def test_a_broken_device_fails_one_test(tmp_path: Path) -> None:
     words = done.stdout + done.stderr
     assert "3 failed, 2 passed" in done.stdout, words
     assert "broke the device" in words and "an illegal access" in words
+
+
+def test_a_build_of_other_sources_is_not_used(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    build = gpu_check.gpu_build
+    kernel = tmp_path / "csrc" / "cuda" / "kernel.cu"
+    for path in (kernel, tmp_path / "rbm_kernels" / "rbm.py"):
+        path.parent.mkdir(parents=True)
+    for path in (kernel, tmp_path / "setup.py", tmp_path / "pyproject.toml"):
+        path.write_text("")
+    site = tmp_path / "build" / "gpu_site"
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "SITE", site)
+    monkeypatch.setattr(build, "STAMP", site / "built_from.txt")
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: site.mkdir(parents=True))
+    assert not build.is_built()
+    build.build(["90"])
+    assert build.is_built()
+    kernel.write_text("// other code")
+    assert not build.is_built()

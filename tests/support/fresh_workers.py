@@ -16,6 +16,8 @@ import torch
 
 def broken() -> bool:
     """Whether the device has an error that stays."""
+    if not torch.cuda.is_initialized():
+        return False
     try:
         torch.cuda.synchronize()
     except RuntimeError:
