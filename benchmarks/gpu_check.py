@@ -219,7 +219,7 @@ class Plan:
         steps = []
         for regime in REGIMES:
             which = regime if regime != "tiled" else "tiled and not sm90a"
-            arguments = ["-v", "-rs", "--maxfail=8", "backends/test_regimes.py", "-k", which]
+            arguments = ["-v", "-rs", "--maxfail=8", "backends/test_cuda_regimes.py", "-k", which]
             steps.append(self.pytest(f"bits of {regime}", "bits.log", BITS_SECONDS, *arguments))
         return steps
 
@@ -245,10 +245,10 @@ class Plan:
 
     def tests(self) -> list[Step]:
         """The tests of the cuda backend. A worker that hangs or breaks the device is replaced."""
-        files = "test_gpu or test_regimes or test_select"
+        files = "test_gpu or test_select"
         which = ["ops", "backends", "-k", f"(cuda or {files}) and not triton"]
         if self.dry_run:
-            which = ["backends/test_regimes.py", "-k", "resident"]
+            which = ["backends/test_cuda_regimes.py", "-k", "resident"]
         tests = self.pytest("tests of cuda", "tests.log", 300, *self.in_workers(4), *which)
         return [self.line("", 30, "cuda", "cuda can run"), tests]
 
