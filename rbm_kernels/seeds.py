@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def resolve(
     try:
         given = seed if isinstance(seed, tuple) else (seed, 0)
         first, second = given
-        pair = (operator.index(first), operator.index(second))
+        pair = (_index(first), _index(second))
     except (TypeError, ValueError):
         raise TypeError(
             f"{name}: seed must be an int, a pair of ints (seed, offset) or an int64[2] tensor, "
@@ -64,6 +64,11 @@ def resolve(
     key = torch.full((2,), pair[1], dtype=torch.int64, device=device)
     key[0].fill_(pair[0])
     return key
+
+
+def _index(number: SupportsIndex) -> int:
+    # In a compiled function ``operator.index`` makes a constant, and every other int compiles anew.
+    return number if isinstance(number, int) else operator.index(number)
 
 
 def _check_advances(name: str, seed: Tensor) -> None:

@@ -217,8 +217,11 @@ def temperature(op: str, beta: Beta, rows: int, W: Tensor, drawn: Units | None =
         return beta.float().contiguous()
     if not isinstance(beta, (int, float)):
         return temperature(op, as_states(op, "beta", beta, W.device), rows, W, drawn)
-    if not (math.isfinite(beta) and (beta > 0 if positive else beta >= 0)):
+    if not (0 < beta < math.inf if positive else 0 <= beta < math.inf):
         raise ValueError(f"{op}: beta must be finite and {_sign(drawn)}, got {beta}")
+    if torch.compiler.is_compiling() and beta != 1:
+        # A number would be a constant of the graph, which every other number compiles anew.
+        return W.new_ones(rows, dtype=torch.float32) * beta
     return float(beta)
 
 

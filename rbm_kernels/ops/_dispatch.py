@@ -28,7 +28,7 @@ _LIBRARY = torch.library.Library("rbm_kernels", "DEF")
 _FIELDS = {
     "Model": "Tensor W, Tensor b, Tensor c, Tensor? log_var",
     "Layer": "Tensor W, Tensor bias, Tensor? given_log_var, Tensor? drawn_log_var",
-    "Draw": "Tensor seed, int chain_offset, float beta, Tensor? betas, int digits",
+    "Draw": "Tensor seed, SymInt chain_offset, float beta, Tensor? betas, int digits",
 }
 
 

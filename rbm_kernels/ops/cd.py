@@ -416,7 +416,7 @@ class _FirstOrder(torch.autograd.Function):
         return Underivable.apply(_NO_SECOND, torch.stack(parts).sum(), *inputs)
 
 
-_ARGUMENTS = "Tensor v, Model model, int k, Tensor? chains, Draw draw"
+_ARGUMENTS = "Tensor v, Model model, SymInt k, Tensor? chains, Draw draw"
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _NO_SECOND = "cd_loss: only its first derivatives are defined, and one of them was differentiated"
 _STEP = define("cd_step", _ARGUMENTS, _RESULTS, "cd_step", _step, _step_fake, formula=_step_formula)

@@ -75,8 +75,9 @@ def free_energy(
     given_beta, beta = beta, _checks.temperature(op, beta, v.shape[0], W)
     value, betas = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
     learned = isinstance(given_beta, Tensor) and needs_grad(given_beta)
-    if isinstance(given_beta, Tensor) and (learned or W.dtype is torch.float64):
-        value, betas = 1.0, given_beta.expand(v.shape[0])  # as it is given, not in float32
+    if learned or (betas is not None and W.dtype is torch.float64):
+        # As it is given, not rounded to float32.
+        value, betas = 1.0, W.new_ones(v.shape[0], dtype=torch.float64) * given_beta
     if (change := model.units.change) is not None:
         v, model = change.states(v), Model(*change.model(W, b, c), change.units)
     energy: Tensor

@@ -147,7 +147,8 @@ def _fake(
 
 _GIBBS = define(
     "gibbs_sample",
-    "Tensor v, Model model, int k, Draw draw, Tensor? mask, Tensor? values, ScalarType out_dtype",
+    "Tensor v, Model model, SymInt k, Draw draw, Tensor? mask, Tensor? values, "
+    "ScalarType out_dtype",
     "Tensor",
     "gibbs_sample",
     _body,

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Beta = float | Tensor
 
@@ -20,7 +21,8 @@ def exp_neg(x: Tensor) -> Tensor:
 def readable(tensor: Tensor) -> bool:
     """Whether a check may look at the values of a tensor.
 
-    On a GPU that would wait for it, and a compiler, a tracer or a function transform has no values.
+    On a GPU that would wait for it, a compiler, a tracer or a function transform has no values, and
+    of a tensor in forward mode they are not all.
     """
     return (
         tensor.is_cpu
@@ -28,6 +30,7 @@ def readable(tensor: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and not torch._C._is_tracing()
+        and forward_ad._current_level < 0
     )
 
 

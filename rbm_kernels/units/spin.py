@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +13,7 @@ from .bernoulli import Bernoulli
 
 # Above this, log(1 + exp(-x)) is 0 beside x to full float64 precision.
 _SOFTPLUS_LINEAR = 40.0
-# Bits of a weight in the sums of ``_Sums``: 2^16 units then add up below 2^53.
+# Bits of a weight in the sums of ``_sums``: 2^16 units then add up below 2^53.
 _SUM_BITS = 36
 
 
@@ -35,7 +33,7 @@ class SpinChange(Change):
         return 2 * b
 
     def hidden_bias(self, c: Tensor, W: Tensor) -> Tensor:
-        return (c.double() - _Sums.apply(W)).to(c.dtype)
+        return (c.double() - _sums(W)).to(c.dtype)
 
     def free_energy(self, b: Tensor) -> Tensor:
         return b.sum(dtype=torch.float64)
@@ -51,37 +49,22 @@ class SpinChange(Change):
         return 2 * grad_W - grad_c, 2 * grad_b, grad_c
 
 
-class _Sums(torch.autograd.Function):
+def _sums(W: Tensor) -> Tensor:
     """Sums of W over the visible units [H], float64, with the same bits on every device.
 
     The order in which a device adds shows in the last bits of a sum, so that each weight is first
     rounded to ``_SUM_BITS`` bits below the largest: such sums are exact. Weights in float64 are
     summed as they are.
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(W: Tensor) -> Tensor:
-        if W.dtype == torch.float64 or not W.numel():
-            return W.sum(0, dtype=torch.float64)
-        smallest, largest = torch.aminmax(W)
-        _, exponent = torch.frexp(torch.maximum(-smallest, largest))
-        unit = torch.ldexp(W.new_ones(()), (exponent - _SUM_BITS).clamp(min=-120))
-        return (W / unit).round_().sum(0, dtype=torch.float64) * unit
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.like = inputs[0].shape, inputs[0].dtype
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.sum(0, dtype=torch.float64)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        shape, dtype = ctx.like
-        return grad.to(dtype).expand(shape)
+    total = W.sum(0, dtype=torch.float64)
+    if W.dtype == torch.float64 or not W.numel():
+        return total
+    weights = W.detach()
+    smallest, largest = torch.aminmax(weights)
+    _, exponent = torch.frexp(torch.maximum(-smallest, largest))
+    unit = torch.ldexp(weights.new_ones(()), (exponent - _SUM_BITS).clamp(min=-120))
+    exact = (weights / unit).round_().sum(0, dtype=torch.float64) * unit
+    return exact + (total - total.detach())  # a zero that has the sum's derivatives
 
 
 class Spin(Bernoulli):

@@ -130,34 +130,38 @@ def test_gradients_of_each_sample(kind: str) -> None:
 
 
 @each_kind
-def test_the_inverse_temperature_has_a_derivative(kind: str) -> None:
-    """A learned temperature, one number or one of each row, of energies and of means."""
-    arguments, h = double(kind), binary(B, H, seed=6)
+def test_the_free_energy_has_a_derivative_for_a_learned_temperature(kind: str) -> None:
+    """One number or one of each row; in forward mode a number is not read as a constant."""
+    arguments = double(kind)
+
+    def F(beta: Tensor) -> Tensor:
+        return energy(kind, torch.float64, beta=beta)(*arguments)
+
     one = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     for beta in (one, torch.linspace(0.2, 2.0, B).double().requires_grad_()):
-        assert gradcheck(
-            lambda t: energy(kind, torch.float64, beta=t)(*arguments), beta, check_forward_ad=True
-        )
-    W, b, _ = parameters()
-    means = {"bernoulli": torch.sigmoid, "gaussian": lambda x: x, "spin": torch.tanh}
+        assert gradcheck(F, beta, check_forward_ad=True)
+    expected = torch.autograd.functional.jacobian(F, one)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.tensor(0.7), torch.tensor(1.0))
+        narrow = energy(kind, torch.float32, beta=dual)(*(x.float() for x in arguments))
+        tangent = forward_ad.unpack_dual(narrow).tangent
+    torch.testing.assert_close(tangent.double(), expected, rtol=1e-5, atol=1e-5)
 
-    def mean(t: Tensor) -> Tensor:
-        known = units(kind)
-        return rk.sample_visible(h, W, b, beta=t, return_probs=True, seed=0, **known)[1]
 
-    def exact(t: Tensor) -> Tensor:
-        x = b + h @ W.t()
-        return x if kind == "gaussian" else means[kind](t * x)
+@pytest.mark.parametrize(("kind", "mean"), [("bernoulli", torch.sigmoid), ("spin", torch.tanh)])
+def test_means_have_a_derivative_for_a_learned_temperature(
+    kind: str, mean: Callable[[Tensor], Tensor]
+) -> None:
+    h, (W, b, _), beta = binary(B, H, seed=6), parameters(), torch.tensor(0.7)
 
-    if kind == "gaussian":  # whose mean does not depend on it
-        return
-    for modes in (jacrev, jacfwd):
-        got, want = modes(mean)(torch.tensor(0.7)), modes(exact)(torch.tensor(0.7))
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    leaf = torch.tensor(0.7, requires_grad=True)
-    torch.testing.assert_close(
-        torch.autograd.grad(mean(leaf).sum(), leaf)[0], jacrev(exact)(torch.tensor(0.7)).sum()
-    )
+    def got(beta: Tensor) -> Tensor:
+        return rk.sample_visible(h, W, b, beta=beta, return_probs=True, seed=0, visible=kind)[1]
+
+    def want(beta: Tensor) -> Tensor:
+        return mean(beta * (b + h @ W.t()))
+
+    for mode in (jacrev, jacfwd, lambda f: lambda x: torch.autograd.functional.jacobian(f, x)):
+        torch.testing.assert_close(mode(got)(beta), mode(want)(beta), rtol=1e-5, atol=1e-6)
 
 
 @each_kind
