@@ -43,9 +43,10 @@ def resolve(
                 f"{name}: a seed tensor must be int64 [2] on {device}, "
                 f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
             )
+        contiguous = seed.is_contiguous()
         if not torch.compiler.is_compiling():
-            _check_advances(name, seed)
-        return seed.contiguous()
+            _check_advances(name, seed, contiguous)
+        return seed if contiguous else seed.contiguous()
     try:
         given = seed if isinstance(seed, tuple) else (seed, 0)
         first, second = given
@@ -71,14 +72,14 @@ def _index(number: SupportsIndex) -> int:
     return number if isinstance(number, int) else operator.index(number)
 
 
-def _check_advances(name: str, seed: Tensor) -> None:
+def _check_advances(name: str, seed: Tensor, contiguous: bool) -> None:
     """Refuse a tensor that cannot be advanced after the call, when it would be too late."""
     if seed.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
             f"{name}: a seed tensor is advanced and must not come from torch.inference_mode(), "
             "outside of which nothing can be written into it: pass a clone() of it"
         )
-    if seed.stride(0) == 0:
+    if not contiguous and seed.stride(0) == 0:
         raise ValueError(
             f"{name}: a seed tensor is advanced and must have memory for both of its numbers, "
             "got an expanded tensor: pass a clone() of it"

@@ -153,7 +153,7 @@ def written(op: str, name: str, value: Tensor) -> None:
 
 def integer(op: str, name: str, value: Any) -> int:
     """An int, or what counts as one, such as an integer of NumPy."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int:
         return value
     try:
         if not isinstance(value, (bool, np.bool_)):

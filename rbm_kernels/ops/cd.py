@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -234,23 +235,29 @@ def _check_advances(op: str, chains: Tensor, units: Units) -> None:
     _checks.written(op, "chains", chains)
 
 
+@functools.cache
+def _buffer_names(parameter_names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"out's grad_{name}" for name in ("W", "b", "c", *parameter_names))
+
+
 def _check_out(op: str, out: tuple[Tensor, ...], W: Tensor, units: Units) -> None:
-    n_visible, n_hidden = W.shape
-    names = ("grad_W", "grad_b", "grad_c", *(f"grad_{name}" for name in units.parameter_names))
-    shapes = ((n_visible, n_hidden), (n_visible,), (n_hidden,), *((n_visible,),) * (len(names) - 3))
+    """The buffers must be of the gradients' shapes, and writable."""
+    names = _buffer_names(units.parameter_names)
     if not isinstance(out, (tuple, list)) or len(out) != len(names):
         got = len(out) if isinstance(out, (tuple, list)) else repr(out)
-        raise ValueError(f"{op}: out must be the buffers ({', '.join(names)}), got {got}")
+        wanted = ", ".join(name.removeprefix("out's ") for name in names)
+        raise ValueError(f"{op}: out must be the buffers ({wanted}), got {got}")
+    device = W.device
+    n_visible, n_hidden = W.shape
+    shapes = ((n_visible, n_hidden), (n_visible,), (n_hidden,), *((n_visible,),) * (len(names) - 3))
     for name, buffer, shape in zip(names, out, shapes, strict=True):
         if not isinstance(buffer, Tensor) or not buffer.dtype.is_floating_point:
-            raise TypeError(f"{op}: out's {name} must be a floating-point tensor, got {buffer!r}")
+            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {buffer!r}")
         if buffer.shape != shape:
-            raise ValueError(f"{op}: out's {name} must be {list(shape)}, got {list(buffer.shape)}")
-        if buffer.device != W.device:
-            raise ValueError(
-                f"{op}: out's {name} must be on W's device {W.device}, got {buffer.device}"
-            )
-        _checks.written(op, f"out's {name}", buffer)
+            raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(buffer.shape)}")
+        if buffer.device != device:
+            raise ValueError(f"{op}: {name} must be on W's device {device}, got {buffer.device}")
+        _checks.written(op, name, buffer)
 
 
 def _write(
@@ -298,7 +305,7 @@ def _step(
 
 def _is_plain(buffer: Tensor) -> bool:
     """Whether a backend can write into a buffer: float32, the values of a row side by side."""
-    return buffer.dtype is torch.float32 and buffer.stride(-1) == 1
+    return buffer.dtype is torch.float32 and (buffer.is_contiguous() or buffer.stride(-1) == 1)
 
 
 def _like(x: Tensor) -> Tensor:
