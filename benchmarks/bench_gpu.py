@@ -613,7 +613,7 @@ def save(path: Path, found: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; 1 if a backend of ours failed or computed other bits than cpu."""
+    """Measure; 1 if a backend of ours failed, has other bits than cpu or, named, cannot run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("results", type=Path, help="folder for bench_gpu.json")
     parser.add_argument("--only", nargs="*", metavar="LINE", help=", ".join(LINES))
@@ -627,7 +627,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         print("no CUDA device: nothing is measured")
-        return 0
+        return 1 if options.backends else 0  # a backend that is named must run
     name, sizes, wanted = ("cuda", FULL, ["cuda", "triton"])
     if options.dry_run:
         name, sizes, wanted = ("cpu", TINY, ["cpu"])

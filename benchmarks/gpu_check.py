@@ -346,7 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         variables["RBM_KERNELS_CUDA_EMULATED"] = "1"
     else:
-        variables["PYTHONPATH"] = str(gpu_build.SITE)
+        paths = [str(gpu_build.SITE), os.environ.get("PYTHONPATH", "")]
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     check = Check(results, limit, variables)
     if not options.dry_run and not gpu_build.is_built():
         command = [PYTHON, str(ROOT / "benchmarks" / "gpu_build.py")]

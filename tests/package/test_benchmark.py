@@ -81,6 +81,7 @@ def test_without_a_gpu_nothing_is_measured(bench_gpu, monkeypatch, tmp_path, cap
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench_gpu.main([str(tmp_path)]) == 0
     assert "no CUDA device" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert bench_gpu.main([str(tmp_path), "--backends", "cuda"]) == 1
 
 
 @needs_cpu
