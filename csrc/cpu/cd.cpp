@@ -59,14 +59,16 @@ int cd_step(const Input& v, const Matrix& W, const float* b, const float* c, int
   const float one = 1.0f;
   const Temperature temperature{&one, 0};
   Model model;
-  const int bad = model.prepare(W, b, c, log_var, call);
+  int bad = model.prepare(W, b, c, log_var, call);
   if (bad) return bad;
   const float* factor = log_var ? model.precision.get() : nullptr;
 
   States data;
-  if (!read_states(v, call, data)) return kStates;
+  bad = status_of(read_states(v, call, !log_var, data), kStates);
+  if (bad) return bad;
   Chain chain(model, temperature, call);
-  if (chains && !read_states(*chains, call, chain.visible)) return kChains;
+  if (chains) bad = status_of(read_states(*chains, call, !log_var, chain.visible), kChains);
+  if (bad) return bad;
 
   // The data phase draws the first hidden states of the chains on its way, if they start here.
   Statistics positive(n_data, V, H), negative(n_chain, V, H);

@@ -8,11 +8,12 @@ namespace rbm::cpu {
 int free_energy(const Input& v, const Matrix& W, const float* b, const float* c,
                 const float* log_var, Temperature temperature, float* out, const Call& call) {
   Model model;
-  const int bad = model.prepare(W, b, c, log_var, call);
+  int bad = model.prepare(W, b, c, log_var, call);
   if (bad) return bad;
   States states;
   OwnedOperand operand;
-  if (!read_states(v, call, states)) return kStates;
+  bad = status_of(read_states(v, call, !log_var, states), kStates);
+  if (bad) return bad;
   if (!make_operand(states, log_var ? model.precision.get() : nullptr, call, operand))
     return kStates;
   const int64_t tiles = (W.cols + kTile - 1) / kTile, V = W.rows;

@@ -50,11 +50,27 @@ bool Chain::sweep(int64_t index, bool hidden_drawn, const HalfSweep* clamp, Outp
   return true;
 }
 
+namespace {
+
+// Whether a clamped unit is given a value that Bernoulli units do not take.
+bool holds_values_outside(const Clamp& clamp, int64_t rows, int64_t units) {
+  if (!clamp.mask || !(clamp.values.floats || clamp.values.bytes)) return false;
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t i = 0; i < units; ++i) {
+      const float x = clamp.values.at(m, i);
+      if (clamp.mask[m * clamp.mask_stride + i] && (x < 0 || x > 1)) return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
 int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c, int64_t k,
                  const float* log_var, Temperature temperature, const Clamp& clamp, Output states,
                  const Call& call) {
   Model model;
-  const int bad = model.prepare(W, b, c, log_var, call);
+  int bad = model.prepare(W, b, c, log_var, call);
   if (bad) return bad;
   Chain chain(model, temperature, call);
   Buffer<float> start;  // the initial states with the clamped values put in
@@ -69,7 +85,7 @@ int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c
     }
     const Input mask_input{nullptr, clamp.mask, clamp.mask_stride ? v.rows : 1, V,
                            clamp.mask_stride};
-    read_states(mask_input, call, mask);
+    read_states(mask_input, call, false, mask);
     start = Buffer<float>(v.rows * V);
     const bool given = clamp.values.floats || clamp.values.bytes;
     for (int64_t m = 0; m < v.rows; ++m) {
@@ -82,7 +98,9 @@ int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c
     held.held = mask.bits.get();
     held.held_stride = clamp.mask_stride ? mask.stride : 0;
   }
-  if (!read_states(initial, call, chain.visible)) return kStates;
+  bad = status_of(read_states(initial, call, !log_var, chain.visible), kStates);
+  if (bad > kOutside && holds_values_outside(clamp, v.rows, V)) return kOutside | kValues;
+  if (bad) return bad;
   // Clamped values other than 0 and 1 in a Bernoulli layer make the states of the whole chain real:
   // after each sweep they are put back among the draws.
   const bool gray = clamp.mask && !model.gaussian() && !chain.visible.binary();
@@ -112,7 +130,7 @@ int gibbs_sample(const Input& v, const Matrix& W, const float* b, const float* c
       }
       chain.from_visible = OwnedOperand{};
       const Input mixed{drawn.get(), nullptr, v.rows, V, V};
-      read_states(mixed, call, chain.visible);
+      read_states(mixed, call, false, chain.visible);
     }
   }
   if (model.gaussian() || gray) {

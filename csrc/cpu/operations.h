@@ -1,5 +1,6 @@
-// The operations of the cpu backend over raw pointers. Each returns 0, or the Argument whose values
-// are not finite; nothing has been written to the caller's memory then.
+// The operations of the cpu backend over raw pointers. Each returns 0, the Argument whose values
+// are not finite, or kOutside and the Argument whose values lie outside [0, 1], which Bernoulli
+// units do not take; nothing has been written to the caller's memory then.
 #pragma once
 
 #include "cpu/states.h"
@@ -16,6 +17,13 @@ enum Argument {
   kChains = 6,
   kValues = 7
 };
+constexpr int kOutside = 16;
+
+// What an operation returns for states of an argument.
+inline int status_of(Values values, Argument argument) {
+  if (values == Values::usable) return kNone;
+  return values == Values::outside ? kOutside | argument : argument;
+}
 
 // Where states go: float32 or bytes, [rows, units] contiguous.
 struct Output {

@@ -6,7 +6,18 @@
 namespace rbm::cpu {
 namespace {
 
-constexpr uint32_t kInfinity = 0x7f800000u;
+constexpr uint32_t kInfinity = 0x7f800000u, kOne = 0x3f800000u, kMinusZero = 0x80000000u;
+
+// 1 if some value is below zero, else 0; a comparison of bits, so that the compiler vectorizes it.
+uint32_t any_negative(const float* values, int64_t n) {
+  uint32_t found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, values + i, 4);
+    found |= bits > kMinusZero;
+  }
+  return found;
+}
 
 // Transposes an 8x8 bit matrix held one row a byte (Warren, Hacker's Delight, section 7-3).
 uint64_t transpose8(uint64_t x) {
@@ -36,7 +47,7 @@ States States::packed(int64_t rows, int64_t units) {
   return s;
 }
 
-bool read_states(const Input& input, const Call& call, States& out) {
+Values read_states(const Input& input, const Call& call, bool bernoulli, States& out) {
   out = States::packed(input.rows, input.units);
   const int threads = call.threads_for(input.rows * input.units / 4);
   bool binary = true;
@@ -49,12 +60,12 @@ bool read_states(const Input& input, const Call& call, States& out) {
                            : call.kernels->pack_bytes(input.bytes + at, input.units, bits)) &&
              binary;
   }
-  if (binary) return true;
+  if (binary) return Values::usable;
   out.bits = Buffer<uint8_t>();
   out.real = Buffer<float>(input.rows * input.units);
-  bool finite = true;
+  uint32_t most = 0, negative = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) \
-    reduction(&& : finite)
+    reduction(max : most) reduction(| : negative)
   for (int64_t m = 0; m < input.rows; ++m) {
     float* row = out.real.get() + m * input.units;
     if (input.floats) {
@@ -62,9 +73,11 @@ bool read_states(const Input& input, const Call& call, States& out) {
     } else {
       for (int64_t i = 0; i < input.units; ++i) row[i] = input.bytes[m * input.row_stride + i];
     }
-    finite = call.kernels->largest(row, input.units) < kInfinity && finite;
+    most = std::max(most, call.kernels->largest(row, input.units));
+    if (bernoulli) negative |= any_negative(row, input.units);
   }
-  return finite;
+  if (most >= kInfinity) return Values::not_finite;
+  return bernoulli && (most > kOne || negative) ? Values::outside : Values::usable;
 }
 
 uint32_t largest_of(const Matrix& matrix, const Call& call) {

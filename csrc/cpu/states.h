@@ -77,8 +77,11 @@ struct States {
   static States packed(int64_t rows, int64_t units);
 };
 
-// Reads the caller's states. False if some are not finite.
-bool read_states(const Input& input, const Call& call, States& out);
+// What is found in states that are read. Those of Bernoulli units lie in [0, 1].
+enum class Values { usable, not_finite, outside };
+
+// Reads the caller's states, of Bernoulli units or of units that take every number.
+Values read_states(const Input& input, const Call& call, bool bernoulli, States& out);
 
 // Largest magnitude of a matrix as float bits; 0x7f800000 or more if it is not finite.
 uint32_t largest_of(const Matrix& matrix, const Call& call);

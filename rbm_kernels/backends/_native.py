@@ -81,8 +81,8 @@ class Kernels(ABC):
         """Refuse states [B, K] and weights [K, N] that are too large for the kernels."""
 
     @abstractmethod
-    def fail(self, op: str, status: int) -> None:
-        """Raise what a status other than 0 means."""
+    def fail(self, op: str, status: int, **states: Tensor | None) -> None:
+        """Raise what a status other than 0 means; ``states`` are what the call was given."""
 
     def _states(self, x: Tensor) -> tuple[Tensor, Array]:
         """States [B, units] with the units side by side, and their description."""
@@ -154,7 +154,7 @@ class Kernels(ABC):
             self.context(device),
         )
         if status:
-            self.fail(op, status)
+            self.fail(op, status, v=given)
         return drawn, means
 
     def gibbs_sample(
@@ -195,7 +195,7 @@ class Kernels(ABC):
             self.context(device),
         )
         if status:
-            self.fail(op, status)
+            self.fail(op, status, v=v, values=values)
         return drawn
 
     def free_energies(self, op: str, v: Tensor, model: Model, beta: Beta, digits: int) -> Tensor:
@@ -215,7 +215,7 @@ class Kernels(ABC):
             self.context(device),
         )
         if status:
-            self.fail(op, status)
+            self.fail(op, status, v=v)
         return energies
 
     def cd_step(
@@ -259,5 +259,5 @@ class Kernels(ABC):
             self.context(device),
         )
         if status:
-            self.fail(op, status)
+            self.fail(op, status, v=v, chains=chains)
         return advanced, energies

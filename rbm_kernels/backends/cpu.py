@@ -1,6 +1,7 @@
 """The C++ kernels of ``csrc/cpu``, for tensors on the CPU.
 
-They read every value of their arguments and refuse those that are not finite, before they write.
+They read every value of their arguments and refuse those that are not finite, and states of
+Bernoulli units outside [0, 1], before they write.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ except ValueError as error:
     _failure = f"RBM_KERNELS_ISA: {error}"
 
 
-# What a status says, by csrc/cpu/operations.h's enum Argument.
+# What a status says, by csrc/cpu/operations.h's enum Argument, and the bit that is set where values
+# lie outside [0, 1].
 _ARGUMENTS = {1: "W", 2: "v", 3: "b", 4: "c", 5: "log_var", 6: "chains", 7: "clamp's values"}
+_OUTSIDE = 16
 
 
 class _Cpu(Kernels):
@@ -42,10 +45,14 @@ class _Cpu(Kernels):
     def check(self, op: str, name: str, states: Tensor, W: Tensor) -> None:
         """The kernels take every size."""
 
-    def fail(self, op: str, status: int) -> None:
-        name = _ARGUMENTS[status]
+    def fail(self, op: str, status: int, **states: Tensor | None) -> None:
+        argument = name = _ARGUMENTS[status & ~_OUTSIDE]
         if op == "sample_visible":  # whose kernel calls its states v and its bias c
             name = {"v": "h", "c": "b"}.get(name, name)
+        if status & _OUTSIDE:
+            values = states[argument.split()[-1]]
+            assert values is not None
+            Bernoulli().check(op, name, values)
         raise ValueError(f"{op}: {name} must be finite, got values that are NaN or infinite")
 
 

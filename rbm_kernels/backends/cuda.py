@@ -127,7 +127,7 @@ class _Cuda(Kernels):
                 "pass bool where all are 0 or 1"
             )
 
-    def fail(self, op: str, status: int) -> None:
+    def fail(self, op: str, status: int, **states: Tensor | None) -> None:
         words = _built().error_string(status)
         raise RuntimeError(f"{op}: the cuda backend's kernels were not launched: {words}")
 

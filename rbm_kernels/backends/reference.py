@@ -7,8 +7,8 @@ The four operations below are what every backend offers, with these arguments an
 call's tensors are on one device, ``rbm_kernels/ops`` has checked their shapes and dtypes, and an
 operation changes no argument but the buffers that it is told to fill. ``op`` is the public function
 that errors name. States come back in a dtype of the backend's choice that holds them exactly; the
-caller converts them. Backends on the CPU raise ValueError for values that are not finite, before
-they write.
+caller converts them. Backends on the CPU raise ValueError for values that are not finite, and for
+states that Bernoulli units do not take, before they write.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def sample_layer(
     named = {"W": layer.W, bias_name: layer.bias, states_name: given}
     for units in (layer.given, layer.drawn):
         _require_finite(op, units, **named)
+    layer.given.check(op, states_name, given)
     states, means = _half_sweep(given, layer, draw, 0)
     return states, means if return_means else None
 
@@ -130,7 +131,10 @@ def gibbs_sample(
     _require_finite(op, units, W=W, b=b, c=c, v=v, **{"clamp's values": values})
     state = v.float()
     if mask is not None and values is not None:
+        held = torch.where(mask, values.float(), torch.zeros_like(state))
+        units.check(op, "clamp's values", held)
         state = torch.where(mask, values.float(), state)
+    units.check(op, "v", state)
     held = state
     hidden, visible = _layers(model)
     for sweep in range(k):
@@ -157,6 +161,7 @@ def free_energies(op: str, v: Tensor, model: Model, beta: Beta, digits: int) -> 
     """
     W, b, c, units = model
     _require_finite(op, units, W=W, b=b, c=c, v=v)
+    units.check(op, "v", v)
     dtype = torch.promote_types(W.dtype, torch.float32)
     v, W, b, c, units = v.to(dtype), W.to(dtype), b.to(dtype), c.to(dtype), units.to(dtype)
     x = c + units.given(v) @ W
@@ -197,6 +202,9 @@ def cd_step(
     """
     W, b, c, units = model
     _require_finite(op, units, W=W, b=b, c=c, v=v, chains=chains)
+    units.check(op, "v", v)
+    if chains is not None:
+        units.check(op, "chains", chains)
     digits = draw.digits
     data = v.float()
     start = data if chains is None else chains

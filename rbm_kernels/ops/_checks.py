@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,12 @@ from rbm_kernels.arguments import Beta, Draw, Model
 from rbm_kernels.arithmetic import digits_of
 from rbm_kernels.backends import require
 from rbm_kernels.inputs import FLOATS, STATES, as_states
+from rbm_kernels.ops._dispatch import _plain_eager
 from rbm_kernels.units import Units, visible_units
 from rbm_kernels.units.base import readable
+
+# Whether to look at the values of states before every call, on every device and for every backend.
+LOOK = os.environ.get("RBM_KERNELS_CHECK_VALUES") == "1"
 
 
 def _not_a_tensor(op: str, name: str, value: object) -> TypeError:
@@ -80,7 +85,7 @@ def model(
     except ValueError:
         transposed(op, W, b, c)
         raise
-    units.check(op, "v", v)
+    values(op, "v", v, units)
     return v, Model(W, b, c, units)
 
 
@@ -107,6 +112,22 @@ def states(op: str, name: str, value: Any, units: int, layer: str, W: Tensor) ->
     if value.device != W.device:
         raise ValueError(f"{op}: {name} must be on W's device {W.device}, got {value.device}")
     return value
+
+
+def values(op: str, name: str, states: Tensor, units: Units) -> None:
+    """Values that the units do not take, as far as nobody else looks for them.
+
+    On the CPU the kernels do, which read the states anyway, unless the units become others first.
+    On a GPU reading them would wait for it, so that only ``RBM_KERNELS_CHECK_VALUES`` asks for it.
+    """
+    if not LOOK:
+        if units.change is None or not readable(states):
+            return
+    elif not _plain_eager():
+        return
+    elif states.is_floating_point() and not bool(torch.isfinite(states).all()):
+        raise ValueError(f"{op}: {name} must be finite, got values that are NaN or infinite")
+    units.check(op, name, states)
 
 
 def vector(

@@ -96,8 +96,8 @@ def cd_step(
 
     Raises:
         TypeError: An argument of the wrong kind or dtype.
-        ValueError: A wrong shape or device, k < 1, an empty batch, or values that are not finite.
-            Nothing has been written then.
+        ValueError: A wrong shape or device, k < 1, an empty batch, or values that are not finite or
+            that the units do not take (docs/units.md). Nothing has been written then.
         RuntimeError: An explicitly named backend cannot run.
 
     Example:
@@ -214,7 +214,7 @@ def _check(
             raise ValueError(
                 f"{op}: chains must have at least one row to average over, got {list(chains.shape)}"
             )
-        model.units.check(op, "chains", chains)
+        _checks.values(op, "chains", chains, model.units)
     return v, model, _checks.sweeps(op, k), chains
 
 

@@ -61,7 +61,8 @@ def free_energy(
 
     Raises:
         TypeError: An argument of the wrong kind or dtype.
-        ValueError: A wrong shape or device, or values that are not finite.
+        ValueError: A wrong shape or device, or values that are not finite or that the units do
+            not take (docs/units.md).
         RuntimeError: An explicitly named backend cannot run.
 
     Example:

@@ -65,7 +65,8 @@ def gibbs_sample(
 
     Raises:
         TypeError: An argument of the wrong kind or dtype.
-        ValueError: A wrong shape or device, k < 1, or values that are not finite.
+        ValueError: A wrong shape or device, k < 1, or values that are not finite or that the
+            units do not take (docs/units.md).
         RuntimeError: An explicitly named backend cannot run.
 
     Example:
@@ -81,7 +82,7 @@ def gibbs_sample(
     beta = _checks.temperature(op, beta, v.shape[0], W, model.units)
     mask, values = _clamp(op, clamp, v)
     if values is not None:
-        model.units.check(op, "clamp's values", values)
+        _checks.values(op, "clamp's values", values, model.units)
     draw = _checks.draw(op, W, beta, seed, generator, chain_offset, backend, precision)
     if (change := model.units.change) is not None:
         v, model = change.states(v), Model(*change.model(W, b, c), change.units)

@@ -97,7 +97,8 @@ def sample_hidden(
 
     Raises:
         TypeError: An argument of the wrong kind or dtype.
-        ValueError: A wrong shape or device, or values that are not finite.
+        ValueError: A wrong shape or device, or values that are not finite or that the units do
+            not take (docs/units.md).
         RuntimeError: An explicitly named backend cannot run.
 
     Example:
@@ -117,7 +118,7 @@ def sample_hidden(
     except ValueError:
         _checks.transposed(op, W, v, c)
         raise
-    units.check(op, "v", v)
+    _checks.values(op, "v", v, units)
     return _sample(
         _HIDDEN, v, Layer(W, c, units, _BERNOULLI), beta, return_probs, out_dtype, seed, generator,
         chain_offset, backend, precision,
@@ -183,6 +184,7 @@ def sample_visible(
     except ValueError:
         _checks.transposed(op, W, b, h)
         raise
+    _checks.values(op, "h", h, _BERNOULLI)
     return _sample(
         _VISIBLE, h, Layer(W.t(), b, _BERNOULLI, units), beta, return_probs, out_dtype, seed,
         generator, chain_offset, backend, precision,

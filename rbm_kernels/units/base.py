@@ -173,7 +173,9 @@ class Units(ABC):
         """
 
     def check(self, op: str, name: str, states: Tensor) -> None:
-        """Refuse states that such units do not take.
+        """Refuse states that such units do not take; NaN is left to others.
+
+        This reads the values, and so waits for a GPU that is to compute them.
 
         Raises:
             ValueError: Naming the operation, the argument and the values.

@@ -37,13 +37,19 @@ class Bernoulli(Units):
     @classmethod
     def fit(cls, op: str, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Bernoulli]:
         """Log-odds log((n1 + 1/2) / (n0 + 1/2)), finite for units that never change."""
-        if v.dtype != torch.bool and (bool((v < 0).any()) or bool((v > 1).any())):
-            raise ValueError(
-                f"{op}: v must lie in [0, 1] for Bernoulli units, "
-                f"got values from {v.min().item():g} to {v.max().item():g}"
-            )
+        Bernoulli().check(op, "v", v)
         on = v.sum(0, dtype=dtype)
         return torch.log((on + 0.5) / (v.shape[0] - on + 0.5)), cls()
+
+    def check(self, op: str, name: str, states: Tensor) -> None:
+        if states.dtype is torch.bool or not states.numel():
+            return
+        low, high = torch.aminmax(states.detach())
+        if low < 0 or high > 1:
+            raise ValueError(
+                f"{op}: {name} must lie in [0, 1] for Bernoulli units, "
+                f"got values from {low.item():g} to {high.item():g}"
+            )
 
     def energy(self, v: Tensor, b: Tensor) -> Tensor:
         return -(v @ b)

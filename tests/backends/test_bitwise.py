@@ -330,12 +330,14 @@ def test_seed_tensors_of_any_stride(backend: str) -> None:
 
 @needs_cpu
 def test_bytes_above_one_and_negative_zero() -> None:
-    """uint8 beyond 0 and 1 are those numbers; -0.0 is zero."""
-    W, b, c = normal(7, 5, scale=0.01), normal(7), normal(5)
+    """uint8 beyond 0 and 1 are those numbers, of Gaussian units; -0.0 is zero."""
+    W, b, c, log_var = normal(7, 5, scale=0.01), normal(7), normal(5), torch.zeros(7)
     v = torch.randint(0, 256, (9, 7), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     for dtype in (torch.uint8, torch.float32):
         mine, theirs = (
-            rk.sample_hidden(v.to(dtype), W, c, return_probs=True, seed=1, backend=backend)[1]
+            rk.sample_hidden(
+                v.to(dtype), W, c, log_var=log_var, return_probs=True, seed=1, backend=backend
+            )[1]
             for backend in ("cpu", "reference")
         )
         torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=1e-7)

@@ -224,7 +224,11 @@ def test_every_dtype_and_stride(dtype: torch.dtype) -> None:
     grey = torch.rand(rows, V, generator=torch.Generator().manual_seed(6))
     layouts = (wide[:, :H], wide[:, ::2], wide[:, :H].t().contiguous().t())
     for W in layouts if dtype == torch.float32 else layouts[:1]:
-        for states in (v.bool(), v.byte(), (3 * v).byte(), v.to(dtype), grey.to(dtype)):
+        # Bytes of Gaussian units may be more than 1.
+        start, log_var = (3 * v).byte().t().contiguous().t(), torch.zeros(V, dtype=dtype)
+        agree(rk.sample_hidden, start, W, c, log_var=log_var, return_probs=True, seed=9)
+        agree(rk.gibbs_sample, start, W, b, c, 2, log_var=log_var, seed=9)
+        for states in (v.bool(), v.byte(), v.to(dtype), grey.to(dtype)):
             start = states.t().contiguous().t()
             h = binary(rows, H, seed=7).to(states.dtype)
             drawn = {"seed": 9, "out_dtype": torch.uint8 if states.dtype == torch.bool else None}
