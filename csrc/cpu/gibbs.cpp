@@ -58,7 +58,7 @@ bool holds_values_outside(const Clamp& clamp, int64_t rows, int64_t units) {
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t i = 0; i < units; ++i) {
       const float x = clamp.values.at(m, i);
-      if (clamp.mask[m * clamp.mask_stride + i] && (x < 0 || x > 1)) return true;
+      if (clamp.mask[m * clamp.mask_stride + i] && (x < -kSlack || x > 1 + kSlack)) return true;
     }
   }
   return false;

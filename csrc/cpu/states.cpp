@@ -6,15 +6,16 @@
 namespace rbm::cpu {
 namespace {
 
-constexpr uint32_t kInfinity = 0x7f800000u, kOne = 0x3f800000u, kMinusZero = 0x80000000u;
+constexpr uint32_t kInfinity = 0x7f800000u, kMost = 0x3f804000u, kLeast = 0xbb000000u;
 
-// 1 if some value is below zero, else 0; a comparison of bits, so that the compiler vectorizes it.
-uint32_t any_negative(const float* values, int64_t n) {
+// 1 if some value is below -kSlack, else 0; bits are compared, which the compiler vectorizes. kMost
+// and kLeast are the bits of 1 + kSlack and of -kSlack.
+uint32_t any_below(const float* values, int64_t n) {
   uint32_t found = 0;
   for (int64_t i = 0; i < n; ++i) {
     uint32_t bits;
     std::memcpy(&bits, values + i, 4);
-    found |= bits > kMinusZero;
+    found |= bits > kLeast;
   }
   return found;
 }
@@ -63,9 +64,9 @@ Values read_states(const Input& input, const Call& call, bool bernoulli, States&
   if (binary) return Values::usable;
   out.bits = Buffer<uint8_t>();
   out.real = Buffer<float>(input.rows * input.units);
-  uint32_t most = 0, negative = 0;
+  uint32_t most = 0, below = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) \
-    reduction(max : most) reduction(| : negative)
+    reduction(max : most) reduction(| : below)
   for (int64_t m = 0; m < input.rows; ++m) {
     float* row = out.real.get() + m * input.units;
     if (input.floats) {
@@ -74,10 +75,10 @@ Values read_states(const Input& input, const Call& call, bool bernoulli, States&
       for (int64_t i = 0; i < input.units; ++i) row[i] = input.bytes[m * input.row_stride + i];
     }
     most = std::max(most, call.kernels->largest(row, input.units));
-    if (bernoulli) negative |= any_negative(row, input.units);
+    if (bernoulli) below |= any_below(row, input.units);
   }
   if (most >= kInfinity) return Values::not_finite;
-  return bernoulli && (most > kOne || negative) ? Values::outside : Values::usable;
+  return bernoulli && (most > kMost || below) ? Values::outside : Values::usable;
 }
 
 uint32_t largest_of(const Matrix& matrix, const Call& call) {

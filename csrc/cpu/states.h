@@ -77,7 +77,9 @@ struct States {
   static States packed(int64_t rows, int64_t units);
 };
 
-// What is found in states that are read. Those of Bernoulli units lie in [0, 1].
+// What is found in states that are read. Those of Bernoulli units lie in [0, 1], give or take what
+// rounding and finite differences may add.
+constexpr float kSlack = 0x1p-9f;
 enum class Values { usable, not_finite, outside };
 
 // Reads the caller's states, of Bernoulli units or of units that take every number.

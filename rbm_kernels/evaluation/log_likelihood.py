@@ -71,7 +71,7 @@ def log_odds(v: Tensor, pseudo_count: float = 1.0) -> Tensor:
     """
     v = as_rows("log_odds", "v", v)
     _checks.values("log_odds", "v", v, BERNOULLI)
-    on = v.sum(0, dtype=torch.float64) + pseudo_count
+    on = v.sum(0, dtype=torch.float64).clamp(0, v.shape[0]) + pseudo_count
     off = v.shape[0] - on + 2 * pseudo_count
     return (on / off).log().float()
 

@@ -14,6 +14,8 @@ from .base import Beta, Units, exp_neg, per_row_float32, tempered
 
 # Above this, softplus(x) is x to full float64 precision: exp(-40) is below half a last place.
 _SOFTPLUS_LINEAR = 40.0
+# How far outside [0, 1] rounding and finite differences may take a value; csrc/cpu/states.h has it.
+_SLACK = 2.0**-9
 
 
 class Bernoulli(Units):
@@ -38,14 +40,14 @@ class Bernoulli(Units):
     def fit(cls, op: str, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Bernoulli]:
         """Log-odds log((n1 + 1/2) / (n0 + 1/2)), finite for units that never change."""
         Bernoulli().check(op, "v", v)
-        on = v.sum(0, dtype=dtype)
+        on = v.sum(0, dtype=dtype).clamp(0, v.shape[0])
         return torch.log((on + 0.5) / (v.shape[0] - on + 0.5)), cls()
 
     def check(self, op: str, name: str, states: Tensor) -> None:
         if states.dtype is torch.bool or not states.numel():
             return
         low, high = torch.aminmax(states.detach())
-        if low < 0 or high > 1:
+        if low < -_SLACK or high > 1 + _SLACK:
             raise ValueError(
                 f"{op}: {name} must lie in [0, 1] for Bernoulli units, "
                 f"got values from {low.item():g} to {high.item():g}"

@@ -66,8 +66,8 @@ WRONG: dict[str, tuple[Callable[[], Tensor], str]] = {
     "ratings": (ratings, "from 1 to 5"),
     "ratings in bytes": (lambda: ratings().to(torch.uint8), "from 1 to 5"),
     "pixels": (lambda: (rows() * 255).to(torch.uint8), "from 0 to 255"),
-    "just above": (lambda: with_one(1.0000001, 0), "from 0 to 1"),
-    "just below": (lambda: with_one(-1e-30, 4 * 37 - 1), "from -1e-30"),
+    "just above": (lambda: with_one(1.002, 0), "from 0 to 1.002"),
+    "just below": (lambda: with_one(-0.002, 4 * 37 - 1), "from -0.002"),
     "doubles": (lambda: with_one(1.5, 50).double(), "to 1.5"),
     "bfloat16": (lambda: with_one(-0.5, 50).bfloat16(), "from -0.5"),
     "strided": (lambda: with_one(7.0, 20).t().contiguous().t(), "to 7"),
@@ -111,10 +111,10 @@ def test_estimates_refuse_what_is_not_finite(entry: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("entry", CALLS)
 def test_what_lies_between_is_taken(entry: str, backend: str) -> None:
-    """Probabilities, with zero of either sign and one among them; NaN is named before a range."""
+    """Probabilities, zero of either sign, what rounding adds; NaN is named before a range."""
     _, call = CALLS[entry]
     x = torch.rand(4, 37, generator=torch.Generator().manual_seed(0))
-    x[0, :3] = torch.tensor([0.0, -0.0, 1.0])
+    x[0, :5] = torch.tensor([0.0, -0.0, 1.0, -0.0019, 1.0019])
     call(x.clone(), seed=0, backend=backend)
     x[1, 4], x[2, 2] = torch.nan, -3.0
     raises(ValueError, "must be finite")(lambda: call(x, seed=0, backend=backend))
@@ -183,3 +183,10 @@ def test_the_debug_switch_looks_where_kernels_do_not(
     for x, words in ((with_one(5.0, 9), "lie in [0, 1]"), (with_one(torch.nan, 9), "finite")):
         raises(ValueError, f": {name} must", words)(lambda x=x: call(x, seed=0, backend="cuda"))
     call(rows(), seed=0, backend="cuda")
+
+
+def test_a_bias_of_values_a_little_too_large_is_finite() -> None:
+    data = torch.full((1000, 2), 1.0019)
+    expected = rk.RBM.from_data(torch.ones(1000, 2), 2).b
+    assert torch.equal(rk.RBM.from_data(data, 2).b, expected)
+    assert torch.equal(evaluation.log_odds(data), evaluation.log_odds(torch.ones(1000, 2)))
