@@ -218,6 +218,8 @@ def draw(
 
 def temperature(op: str, beta: Beta, rows: int, W: Tensor, drawn: Units | None = None) -> Beta:
     """Beta as a float or a contiguous float32 [B]; to draw continuous units it must be positive."""
+    if type(beta) is float and beta == 1.0:  # the usual temperature, which costs a call no check
+        return beta
     positive = drawn is not None and drawn.continuous
     if isinstance(beta, Tensor):
         if beta.dim() == 0 and beta.device == W.device and not readable(beta):
@@ -240,7 +242,7 @@ def temperature(op: str, beta: Beta, rows: int, W: Tensor, drawn: Units | None =
         return temperature(op, as_states(op, "beta", beta, W.device), rows, W, drawn)
     if not (0 < beta < math.inf if positive else 0 <= beta < math.inf):
         raise ValueError(f"{op}: beta must be finite and {_sign(drawn)}, got {beta}")
-    if torch.compiler.is_compiling() and beta != 1:
+    if torch.compiler.is_compiling():
         # A number would be a constant of the graph, which every other number compiles anew.
         return W.new_ones(rows, dtype=torch.float32) * beta
     return float(beta)

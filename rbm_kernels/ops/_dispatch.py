@@ -124,6 +124,27 @@ class Operation:
             return torch.stack(results), 0
         return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * self.n_results
 
+    def autograd(self, keyset: Any, *flat: Any) -> Any:
+        """The operation as torch.library differentiates it: once, in reverse mode.
+
+        ``torch.library.register_autograd`` would drop the tangents of forward mode in silence.
+        """
+        tensors = [x for x in flat if isinstance(x, Tensor)]
+        record = needs_grad(*tensors)
+        if (record and peek_interpreter_stack() is not None) or any(map(_has_tangent, tensors)):
+            raise RuntimeError(
+                f"torch.ops.rbm_kernels.{self.name} has no derivatives by torch.func and in "
+                f"forward mode; rbm_kernels.{self.name} has them"
+            )
+        if record:
+            return _Registered.apply(self, keyset, *flat)
+        return self.below_autograd(keyset, flat)
+
+    def below_autograd(self, keyset: Any, flat: tuple[Any, ...]) -> Any:
+        operator = getattr(torch.ops.rbm_kernels, self.name).default
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *flat)
+
     def from_flat(self, *flat: Any) -> Any:
         """The operation over torch.library's arguments, the last of which names the backend."""
         return self.tensors(_call(self, flat[-1], tuple(_tuples(self.kinds, flat))), flat[0])
@@ -134,11 +155,6 @@ class Operation:
             return results
         missing = (None,) * (self.n_results - len(results))
         return tuple(like.new_empty(0) if x is None else x for x in (*results, *missing))
-
-    def save_flat(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """What happens between torch.library's forward and backward passes."""
-        ctx.n_inputs = len(inputs)
-        self.remember(ctx, tuple(_tuples(self.kinds, inputs)), output, output)
 
     def remember(self, ctx: Any, arguments: tuple[Any, ...], results: Any, returned: Any) -> None:
         """Keep what the gradient needs, and say which results have none."""
@@ -204,12 +220,7 @@ def define(
     )
     torch.library.register_vmap(f"rbm_kernels::{name}", operation.looped, lib=_LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(
-            f"rbm_kernels::{name}",
-            operation.backward_flat,
-            setup_context=operation.save_flat,
-            lib=_LIBRARY,
-        )
+        _LIBRARY.impl(name, operation.autograd, "Autograd", with_keyset=True)
     return operation
 
 
@@ -287,6 +298,21 @@ class _Recorded(torch.autograd.Function):
         return (None, None, None, *ctx.operation.backward_flat(ctx, *grads))
 
 
+class _Registered(torch.autograd.Function):
+    """A registered operation's autograd with the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Operation, keyset: Any, *flat: Any) -> Any:
+        results = operation.below_autograd(keyset, flat)
+        ctx.operation, ctx.n_inputs = operation, len(flat)
+        operation.remember(ctx, tuple(_tuples(operation.kinds, flat)), results, results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return (None, None, *ctx.operation.backward_flat(ctx, *grads))
+
+
 @torch.compiler.allow_in_graph
 class Underivable(torch.autograd.Function):
     """A tensor that depends on others, by derivatives that are not to be had.
@@ -333,6 +359,10 @@ def _transforming() -> bool:
     A compiler enters the transforms that it meets, and guards those in which a function is called.
     """
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

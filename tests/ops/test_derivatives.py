@@ -264,6 +264,26 @@ def test_what_has_no_derivative_raises_and_is_not_zero() -> None:
         first.sum().backward()
 
 
+def test_the_registered_operator_drops_no_derivative() -> None:
+    """An exported program calls it: it has reverse mode, and says where the other modes are."""
+    v, (W, b, c) = states("bernoulli", B), parameters()
+
+    def F(W: Tensor) -> Tensor:
+        return torch.ops.rbm_kernels.free_energy(v, W, b, c, None, 1.0, None, 3, None)
+
+    for derivative in (
+        lambda: jvp(F, (W,), (W,)),
+        lambda: grad(lambda W: F(W).sum())(W),
+        lambda: jacfwd(F)(W),
+    ):
+        with pytest.raises(RuntimeError, match="rbm_kernels.free_energy has them"):
+            derivative()
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="rbm_kernels.free_energy has them"):
+            F(forward_ad.make_dual(W, W))
+        assert torch.equal(F(W), F(W.clone()))
+
+
 @each_kind
 def test_draws_of_several_models(kind: str) -> None:
     """Given a seed, the states of a loop; without one torch asks what randomness is meant."""
