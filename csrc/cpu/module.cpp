@@ -167,4 +167,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_sets", &instruction_sets,
         "Names of those that were built and run here, the default first.");
   m.def("philox4x32", &philox);
+  m.def("threads_started", [] { return threads_started.load(); });
 }

@@ -2,6 +2,7 @@
 // where they are not.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 #include <functional>
 #include <new>
@@ -47,6 +48,10 @@ struct Input {
   }
 };
 
+// Whether this process has had a team of threads. One that is forked from it lacks them, and OpenMP
+// would wait for them for ever.
+inline std::atomic<bool> threads_started{false};
+
 // What one call of an operation is told beside its arrays.
 struct Call {
   const Kernels* kernels;
@@ -60,7 +65,11 @@ struct Call {
                           static_cast<uint64_t>(seed[1] + half_sweep), 0);
   }
   // Threads for this many elementary steps: starting a team costs about 5 microseconds.
-  int threads_for(int64_t work) const { return work < 200000 ? 1 : threads; }
+  int threads_for(int64_t work) const {
+    if (work < 200000 || threads == 1) return 1;
+    threads_started.store(true, std::memory_order_relaxed);
+    return threads;
+  }
 };
 
 struct States {

@@ -7,6 +7,7 @@ Bernoulli units outside [0, 1], before they write.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from types import ModuleType
 
@@ -19,6 +20,8 @@ from rbm_kernels.backends._native import Kernels
 from rbm_kernels.units import Bernoulli, Gaussian
 
 UNITS = (Bernoulli, Gaussian)
+
+_log = logging.getLogger("rbm_kernels")
 
 # torch comes first: the module then finds torch's OpenMP runtime loaded, and shares its threads.
 _cpu: ModuleType | None = None
@@ -38,9 +41,33 @@ _ARGUMENTS = {1: "W", 2: "v", 3: "b", 4: "c", 5: "log_var", 6: "chains", 7: "cla
 _OUTSIDE = 16
 
 
+_threads = torch.get_num_threads
+
+
+def _after_fork() -> None:
+    """A process that is forked after kernels have run on several threads runs on one.
+
+    It lacks the threads of its parent, for which GNU OpenMP would wait for ever. PyTorch shares
+    that OpenMP and hangs in the same way, so that it is told too.
+    """
+    global _threads
+    if _cpu is not None and _cpu.threads_started():
+        _threads = _one_thread
+        torch.set_num_threads(1)
+        _log.info("this process was forked after kernels had run on several threads: it uses one")
+
+
+def _one_thread() -> int:
+    return 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class _Cpu(Kernels):
     def context(self, device: torch.device) -> int:
-        return torch.get_num_threads()
+        return _threads()
 
     def check(self, op: str, name: str, states: Tensor, W: Tensor) -> None:
         """The kernels take every size."""
