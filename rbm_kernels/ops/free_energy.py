@@ -40,7 +40,7 @@ def free_energy(
     forward mode and by ``torch.func``. Under a transform of ``torch.func``, within a level of
     forward mode, and where ``beta`` requires a gradient, no kernel runs: F is computed in plain
     PyTorch, in float32 or the wider dtype of W, within rounding of what the kernels return, and
-    values that are not finite go through. ``torch.vmap`` over data, parameters or both is then one
+    nothing looks at the values of v. ``torch.vmap`` over data, parameters or both is then one
     batched product.
 
     Args:
