@@ -366,7 +366,7 @@ class JointObjective(BlipPreTrainedModel):
             for i, (part, tokens) in enumerate(self._standardized(features)):
                 if isinstance(part, RBMReconstructor):
                     loss = part.rbm.cd_loss(
-                        tokens.flatten(0, 1),
+                        tokens.flatten(0, 1).detach(),  # only the RBM learns from it
                         self.k,
                         seed=(self.seed + i, 2 * self.k * update),
                         chain_offset=first_pair * tokens.shape[1],

@@ -6,6 +6,8 @@ computed in plain PyTorch instead, which has all of them.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -298,6 +300,25 @@ class _Recorded(torch.autograd.Function):
         return (None, None, None, *ctx.operation.backward_flat(ctx, *grads))
 
 
+_OPAQUE: list[type[torch.autograd.Function]] = []
+
+
+def opaque(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Mark a function that a compiler puts into its graph as it is, without a look inside.
+
+    ``torch.compiler.allow_in_graph`` would import the compiler, and with it triton, whenever this
+    package is imported. So the compiler is told when it first traces a transform.
+    """
+    _OPAQUE.append(function)
+    return function
+
+
+@functools.cache
+def _tell_compiler() -> None:
+    for function in _OPAQUE:
+        torch.compiler.allow_in_graph(function)
+
+
 class _Registered(torch.autograd.Function):
     """A registered operation's autograd with the dispatcher."""
 
@@ -313,7 +334,7 @@ class _Registered(torch.autograd.Function):
         return (None, None, *ctx.operation.backward_flat(ctx, *grads))
 
 
-@torch.compiler.allow_in_graph
+@opaque
 class Underivable(torch.autograd.Function):
     """A tensor that depends on others, by derivatives that are not to be had.
 
@@ -352,13 +373,20 @@ def _plain_eager() -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def _transforming() -> bool:
     """Whether a function transform or a forward-mode derivative looks on.
 
     A compiler enters the transforms that it meets, and guards those in which a function is called.
+    It calls this function while it traces, and takes the answer for a constant.
     """
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    looked_on = peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    if looked_on and "torch._dynamo" in sys.modules:
+        _tell_compiler()
+    return looked_on
+
+
+# All that torch.compiler.assume_constant_result does, which would import the compiler.
+_transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _has_tangent(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rbm_kernels import seeds
 from rbm_kernels.arguments import Draw, Model
 from rbm_kernels.ops import _checks, free_energy
-from rbm_kernels.ops._dispatch import Underivable, define, needs_grad, run
+from rbm_kernels.ops._dispatch import Underivable, define, needs_grad, opaque, run
 from rbm_kernels.units import Units
 
 
@@ -388,7 +388,7 @@ def _loss_formula(
     return loss, advanced
 
 
-@torch.compiler.allow_in_graph
+@opaque
 class _FirstOrder(torch.autograd.Function):
     """The loss as a function of five inputs, whose gradients follow them."""
 

@@ -93,7 +93,7 @@ def test_a_batch_cut_in_two_draws_the_same(kind: str) -> None:
 def test_clamped_units() -> None:
     t = operands(9, 20, 6, "binary")
     model = t["v"], t["W"], t["b"], t["c"]
-    values = torch.linspace(-1, 2, 20)
+    values = torch.linspace(0, 1, 20)
     mask = t["mask"]
     for clamp in (mask, mask[0], (mask, values), (mask[0], t["v"].bool()), (mask.T, values)):
         if isinstance(clamp, tuple) and clamp[0].shape == (20, 9):
@@ -191,9 +191,9 @@ def test_sums_at_their_limits(digits: int, real: bool, monkeypatch: pytest.Monke
     monkeypatch.setattr(sample, "quantize", lambda *_, **__: made)
     v = torch.ones(1, 65535)
     if real:
-        v *= W[0, 0] * 2.0**-7
+        v *= W[0, 0] * 2.0 ** (1 - 8 * digits)  # just below 1, with all digits at their largest
     # x of the order of 1, and not of the order of 2^60, shows an error in its last place.
-    beta = 2.0 ** -(8 * digits + 15 + (8 * digits - 7 if real else 0))
+    beta = 2.0 ** -(8 * digits + 15 + (1 if real else 0))
     precision = {2: "high", 3: "highest"}[digits]
     common = {"beta": beta, "precision": precision, "return_probs": True, "seed": 1}
     assert_agrees(rk.sample_hidden, v, W, torch.zeros(3), **common)
