@@ -112,7 +112,9 @@ class Gaussian(Units):
         )
         grad_W = grad_W * precision[:, None]
         grad_log_var = (of_chains - of_data) * precision / 2
-        grad_log_var = grad_log_var - (W.to(grad_W.dtype) * grad_W).sum(dim=1)
+        # Contiguous, since a sum's last bits follow the layout of what is summed.
+        of_weights = (W.to(grad_W.dtype).contiguous() * grad_W).sum(dim=1)
+        grad_log_var = grad_log_var - of_weights
         return grad_W, grad_b * precision, grad_log_var
 
     def energy_backward(self, grad: Tensor, v: Tensor, b: Tensor) -> tuple[Tensor, ...]:
