@@ -107,12 +107,13 @@ class Gaussian(Units):
         """
         precision = exp_neg(self.log_var.to(grad_W.dtype))
         center = b.to(grad_W.dtype)
+        # Contiguous, since a sum's last bits follow the layout of what is summed.
         of_chains, of_data = (
-            (states.to(grad_W.dtype) - center).square_().mean(dim=0) for states in (chains, data)
+            (states.to(grad_W.dtype).contiguous() - center).square_().mean(dim=0)
+            for states in (chains, data)
         )
         grad_W = grad_W * precision[:, None]
         grad_log_var = (of_chains - of_data) * precision / 2
-        # Contiguous, since a sum's last bits follow the layout of what is summed.
         of_weights = (W.to(grad_W.dtype).contiguous() * grad_W).sum(dim=1)
         grad_log_var = grad_log_var - of_weights
         return grad_W, grad_b * precision, grad_log_var
